@@ -71,9 +71,9 @@ class DistillConfig:
     """Weight of the cross-entropy: loss = alpha * CE + (1 - alpha) * T^2 * divergence. 0 is pure KL, 1 pure CE."""
     temperature: float = 1.0
     """T: both models' logits are divided by it in the divergence."""
-    divergence: Literal[
-        "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
-    ] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"] = (
+        "forward_kl"
+    )
     """Which divergence of teacher and student: see kdkit/losses.py."""
     beta: float = 0.5
     """Weight of the teacher in the mixture of the jsd divergence, in (0, 1)."""

@@ -75,9 +75,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     return forward_kl(teacher_logits, student_logits, temperature)
 
 
-def jsd(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, beta: float = 0.5
-) -> Tensor:
+def jsd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, beta: float = 0.5) -> Tensor:
     """beta KL(p || m) + (1 - beta) KL(q || m), with m = beta p + (1 - beta) q.
 
     Range [0, H(beta)], at most log 2 (at beta = 0.5, where it is symmetric); 0 when p = q. Gradient:
@@ -105,9 +103,7 @@ def jsd(
     return (beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)).sum(-1)
 
 
-def skew_kl(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, skew: float = 0.1
-) -> Tensor:
+def skew_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, skew: float = 0.1) -> Tensor:
     """KL(p || m), with m = skew p + (1 - skew) q: forward KL against a student that is given some of the teacher.
 
     Range [0, -log skew]; 0 when p = q; forward KL at skew = 0. Gradient, with r = (1 - skew) p q / m:
