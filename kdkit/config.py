@@ -127,11 +127,16 @@ class DistillConfig:
             check(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1, or null")
 
     @property
+    def divergence_options(self) -> dict[str, float]:
+        """The option that the divergence has, if any: `beta` or `skew`."""
+        if self.divergence == "jsd":
+            return {"beta": self.beta}
+        return {"skew": self.skew} if self.divergence.startswith("skew") else {}
+
+    @property
     def loss_formula(self) -> str:
         """The loss with its values, as shown wherever alpha is."""
-        option = {"jsd": f", beta={self.beta:g}"}.get(self.divergence, "")
-        if self.divergence.startswith("skew"):
-            option = f", skew={self.skew:g}"
+        option = "".join(f", {name}={value:g}" for name, value in self.divergence_options.items())
         return (
             f"loss = {self.alpha:g} * CE + {1 - self.alpha:g} * {self.temperature:g}^2 * "
             f"{self.divergence}(teacher, student; T={self.temperature:g}{option})"

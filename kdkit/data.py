@@ -8,15 +8,17 @@ The causal shift happens here, in `tokenize_documents`, and nowhere else.
 import ast
 import hashlib
 import json
+import math
 import random
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-IGNORE_INDEX = -100
+from kdkit.config import DistillConfig, UsageError
+from kdkit.losses import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def embedded_documents() -> list[Document]:
     which module is held out does not, since that follows from its name.
 
     Raises:
-        ValueError: if this Python came without the sources of its library.
+        UsageError: if this Python came without the sources of its library.
     """
     documents, seen = [], set()
 
@@ -70,7 +72,7 @@ def embedded_documents() -> list[Document]:
             add(relative.as_posix(), name, docstring)
 
     if len(documents) < 1000:
-        raise ValueError(
+        raise UsageError(
             f"the embedded text is made of the sources of Python's own library, and {root} holds only "
             f"{len(documents)} documented objects (some 5,000 are usual). Use a Python that was installed with its "
             "sources (python.org, conda, pyenv and uv all do), or give your own text: --dataset path/to/text.txt"
@@ -87,13 +89,66 @@ def _docstrings(node: ast.AST, name: str):
             yield from _docstrings(child, f"{name}.{child.name}")
 
 
+def local_documents(path: Path, text_column: str) -> list[Document]:
+    """Read a .txt file (one document), a .jsonl or .json-lines file (one a line), or a folder of those.
+
+    Raises:
+        UsageError: a missing path, nothing to read in it, or a line that is not what it should be, with its number.
+    """
+    if not path.exists():
+        raise UsageError(f'dataset {path} does not exist: give a .txt or .jsonl file, a folder of those, or "embedded"')
+    suffixes = (".txt", ".jsonl", ".json")
+    files = sorted(p for p in path.rglob("*") if p.suffix in suffixes) if path.is_dir() else [path]
+    documents = []
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from None
+        if file.suffix in (".jsonl", ".json"):
+            documents += _json_lines(file, text, text_column)
+        elif text.strip():
+            documents.append(Document(str(file), text))
+    if not documents:
+        raise UsageError(f"{path} holds no text: no {', '.join(suffixes)} file with anything in it")
+    return documents
+
+
+def _json_lines(file: Path, text: str, text_column: str) -> list[Document]:
+    documents = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{file}, line {number} is not JSON ({error.msg}): one object a line is wanted") from None
+        if not isinstance(record, dict) or not isinstance(record.get(text_column), str):
+            found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise UsageError(
+                f"{file}, line {number} has no text in field {text_column!r} (found: {found}): "
+                "name the field with --text_column"
+            )
+        if record[text_column].strip():
+            documents.append(Document(f"{file}:{number}", record[text_column]))
+    return documents
+
+
 def split_documents(documents: list[Document], held_out: float) -> tuple[list[Document], list[Document]]:
-    """Split by a hash of each document's source: the same documents are held out on every machine and run."""
+    """Split by a hash of each document's source: the same documents are held out on every machine and run.
+
+    Of a single document the last part is held out.
+    """
 
     def is_held_out(document: Document) -> bool:
         digest = hashlib.sha256(document.source.encode()).digest()
         return int.from_bytes(digest[:8], "big") < held_out * 2**64
 
+    if len(documents) == 1:  # a single file: its end is held out
+        (document,) = documents
+        cut = int(len(document.text) * (1 - held_out))
+        cut = max(document.text.rfind("\n", 0, cut), document.text.rfind(" ", 0, cut), 0) + 1
+        return [Document(document.source, document.text[:cut])], [Document(document.source, document.text[cut:])]
     train = [d for d in documents if not is_held_out(d)]
     return train, [d for d in documents if is_held_out(d)]
 
@@ -121,9 +176,7 @@ def tokenize_documents(documents: list[Document], tokenizer, max_length: int) ->
         for start in range(0, len(inputs), max_length):
             piece = slice(start, start + max_length)
             length = len(inputs[piece])
-            rows.append(
-                {"input_ids": inputs[piece], "labels": labels[piece], "position_ids": list(range(length))}
-            )
+            rows.append({"input_ids": inputs[piece], "labels": labels[piece], "position_ids": list(range(length))})
     return rows
 
 
@@ -162,3 +215,97 @@ def collate(rows: list[dict], pad_token_id: int, length: int | None = None) -> d
         batch["labels"].append(row["labels"] + [IGNORE_INDEX] * padding)
         batch["position_ids"].append(row["position_ids"] + list(range(padding)))
     return {key: torch.tensor(value) for key, value in batch.items()}
+
+
+# --- a run's data --------------------------------------------------------------------------------------------
+
+
+def load_rows(config: DistillConfig, tokenizer) -> tuple[list[dict], list[dict]]:
+    """The training and the held-out rows of a run: read, split by document, tokenised, limited, packed.
+
+    Raises:
+        UsageError: no text, or too little of it to hold some out.
+    """
+
+    def documents(name: str) -> list[Document]:
+        return embedded_documents() if name == "embedded" else local_documents(Path(name), config.text_column)
+
+    def rows(documents: list[Document], max_tokens: int | None) -> list[dict]:
+        documents = random.Random(0).sample(documents, len(documents))  # the same text whatever the seed of the run
+        rows = tokenize_documents(documents, tokenizer, config.max_length)
+        if max_tokens is not None:
+            rows = _first_tokens(rows, max_tokens)
+        return pack(rows, config.max_length) if config.packing else rows
+
+    if config.eval_dataset is None:
+        train, held_out = split_documents(documents(config.dataset), config.eval_fraction)
+    else:
+        train, held_out = documents(config.dataset), documents(config.eval_dataset)
+    train_rows, eval_rows = rows(train, config.max_train_tokens), rows(held_out, config.max_eval_tokens)
+    for name, found in (("training", train_rows), ("held-out", eval_rows)):
+        if not found:
+            raise UsageError(
+                f"dataset {config.dataset} leaves no {name} text (eval_fraction {config.eval_fraction:g}): "
+                "give more text, another eval_fraction, or an eval_dataset"
+            )
+    return train_rows, eval_rows
+
+
+def _first_tokens(rows: list[dict], max_tokens: int) -> list[dict]:
+    kept, total = [], 0
+    for row in rows:
+        if total >= max_tokens:
+            break
+        kept.append(row)
+        total += len(row["input_ids"])
+    return kept
+
+
+def count_tokens(rows: list[dict]) -> int:
+    """Tokens in the loss."""
+    return sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
+
+
+class Steps(Dataset):
+    """The optimizer steps of a run as one rank sees them: item i is the list of micro-batches of step i.
+
+    Each epoch takes the rows in an order of its own, which follows from the seed and the epoch alone. A step is a
+    consecutive part of that order, whatever the number of ranks and micro-batches it is cut into, and each row is in
+    one step of the epoch: so runs on one rank or many see the same steps, and going on from step i is a slice.
+
+    The last step of an epoch has what is left. All ranks have the same number of micro-batches in it; one for which
+    no row is left gets a micro-batch without a label, since it has to take part in what the ranks do together.
+    """
+
+    def __init__(self, rows: list[dict], config: DistillConfig, pad_token_id: int, rank: int = 0, num_ranks: int = 1):
+        self.rows, self.pad_token_id, self.seed = rows, pad_token_id, config.seed
+        self.batch_size, self.rank, self.num_ranks = config.batch_size, rank, num_ranks
+        self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * num_ranks
+        self.steps_per_epoch = math.ceil(len(rows) / self.rows_per_step)
+        self.num_steps = config.max_steps or math.ceil(config.num_epochs * self.steps_per_epoch)
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def step_rows(self, step: int) -> list[int]:
+        """The indices of the rows of a step, over all ranks."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            order = list(range(len(self.rows)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            self._order = (epoch, order)
+        return self._order[1][position * self.rows_per_step : (position + 1) * self.rows_per_step]
+
+    def __getitem__(self, step: int) -> list[dict[str, torch.Tensor]]:
+        if not 0 <= step < self.num_steps:
+            raise IndexError(step)
+        step_rows = self.step_rows(step)
+        mine = step_rows[self.rank :: self.num_ranks]
+        num_micro_batches = math.ceil(len(step_rows[:: self.num_ranks]) / self.batch_size)  # rank 0 has the most
+        nothing = {"input_ids": [self.pad_token_id], "labels": [IGNORE_INDEX], "position_ids": [0]}
+        micro_batches = []
+        for start in range(0, num_micro_batches * self.batch_size, self.batch_size):
+            rows = [self.rows[index] for index in mine[start : start + self.batch_size]]
+            micro_batches.append(collate(rows or [nothing], self.pad_token_id))
+        return micro_batches

@@ -236,3 +236,29 @@ def check_loss_arguments(alpha: float, temperature: float, divergence: str) -> N
         raise ValueError(f"temperature is {temperature}, expected a number above 0 (1 leaves the softmax as it is)")
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence is {divergence!r}, expected one of {', '.join(DIVERGENCES)}")
+
+
+def dense_kd_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    labels: Tensor,
+    *,
+    vocab_size: int | None = None,
+    **settings,
+) -> KDLoss:
+    """`kd_loss` from last hidden states and heads, by way of all the logits: the reference for `kdkit.fused`.
+
+    Args:
+        student_hidden, teacher_hidden: (..., Hs), (..., Ht); the teacher's may be None at alpha = 1.
+        student_head, teacher_head: (V, Hs), (V, Ht).
+        labels: (...), aligned; -100 is not in the loss.
+        vocab_size: use the first so many rows of both heads.
+        settings: the keyword arguments of `kd_loss`.
+    """
+    student_logits = F.linear(student_hidden, student_head[:vocab_size])  # (..., V)
+    teacher_logits = None
+    if settings["alpha"] < 1 and teacher_hidden is not None:
+        teacher_logits = F.linear(teacher_hidden, teacher_head[:vocab_size])  # (..., V)
+    return kd_loss(student_logits, teacher_logits, labels, **settings)
