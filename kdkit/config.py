@@ -57,7 +57,7 @@ class DistillConfig:
     num_epochs: float = 3.0
     """Passes over the training text; max_steps, where given, decides instead."""
     max_steps: int | None = None
-    """Optimizer steps."""
+    """Optimizer steps of the whole run."""
     learning_rate: float = 2e-3
     """The peak of AdamW's rate. The default suits a small student from scratch; a pretrained one wants 1e-5 to 1e-4."""
     weight_decay: float = 0.1

@@ -6,6 +6,7 @@ The causal shift happens here, in `tokenize_documents`, and nowhere else.
 """
 
 import ast
+import functools
 import hashlib
 import json
 import math
@@ -32,6 +33,7 @@ class Document:
 # --- documents -----------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def embedded_documents() -> list[Document]:
     """The text that every Python carries: the language reference's topics and the library's docstrings.
 
@@ -147,7 +149,7 @@ def split_documents(documents: list[Document], held_out: float) -> tuple[list[Do
     if len(documents) == 1:  # a single file: its end is held out
         (document,) = documents
         cut = int(len(document.text) * (1 - held_out))
-        cut = max(document.text.rfind("\n", 0, cut), document.text.rfind(" ", 0, cut), 0) + 1
+        cut = max(document.text.rfind("\n", 0, cut), document.text.rfind(" ", 0, cut), cut - 1000) + 1  # between words
         return [Document(document.source, document.text[:cut])], [Document(document.source, document.text[cut:])]
     train = [d for d in documents if not is_held_out(d)]
     return train, [d for d in documents if is_held_out(d)]
@@ -156,7 +158,9 @@ def split_documents(documents: list[Document], held_out: float) -> tuple[list[Do
 # --- rows ----------------------------------------------------------------------------------------------------
 
 
-def tokenize_documents(documents: list[Document], tokenizer, max_length: int) -> list[dict]:
+def tokenize_documents(
+    documents: list[Document], tokenizer, max_length: int, max_tokens: int | None = None
+) -> list[dict]:
     """Tokenise, shift by one, and cut into pieces of at most `max_length`.
 
     The tokens of a document are those the tokenizer gives, special ones included, and its end-of-text token.
@@ -164,19 +168,23 @@ def tokenize_documents(documents: list[Document], tokenizer, max_length: int) ->
     document is cut, the first piece keeps the label that the second one starts with, so no label is lost.
 
     Returns:
-        Rows, in the order of the documents, each of one document's piece. A text of one token gives none.
+        Rows, in the order of the documents, each of one document's piece; with `max_tokens`, as many as give so many
+        tokens. A text of one token gives none.
     """
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = []
-    encoded = tokenizer([d.text for d in documents], verbose=False)["input_ids"] if documents else []
-    for ids in encoded:
-        if ids[-1:] != eos:
-            ids = ids + eos
-        inputs, labels = ids[:-1], ids[1:]  # the causal shift
-        for start in range(0, len(inputs), max_length):
-            piece = slice(start, start + max_length)
-            length = len(inputs[piece])
-            rows.append({"input_ids": inputs[piece], "labels": labels[piece], "position_ids": list(range(length))})
+    rows, total = [], 0
+    for first in range(0, len(documents), 100):
+        texts = [document.text for document in documents[first : first + 100]]
+        for ids in tokenizer(texts, verbose=False)["input_ids"]:
+            ids = ids if ids[-1:] == eos else ids + eos
+            inputs, labels = ids[:-1], ids[1:]  # the causal shift
+            for start in range(0, len(inputs), max_length):
+                if max_tokens is not None and total >= max_tokens:
+                    return rows
+                piece = slice(start, start + max_length)
+                positions = list(range(len(inputs[piece])))
+                rows.append({"input_ids": inputs[piece], "labels": labels[piece], "position_ids": positions})
+                total += len(positions)
     return rows
 
 
@@ -232,9 +240,7 @@ def load_rows(config: DistillConfig, tokenizer) -> tuple[list[dict], list[dict]]
 
     def rows(documents: list[Document], max_tokens: int | None) -> list[dict]:
         documents = random.Random(0).sample(documents, len(documents))  # the same text whatever the seed of the run
-        rows = tokenize_documents(documents, tokenizer, config.max_length)
-        if max_tokens is not None:
-            rows = _first_tokens(rows, max_tokens)
+        rows = tokenize_documents(documents, tokenizer, config.max_length, max_tokens)
         return pack(rows, config.max_length) if config.packing else rows
 
     if config.eval_dataset is None:
@@ -249,16 +255,6 @@ def load_rows(config: DistillConfig, tokenizer) -> tuple[list[dict], list[dict]]
                 "give more text, another eval_fraction, or an eval_dataset"
             )
     return train_rows, eval_rows
-
-
-def _first_tokens(rows: list[dict], max_tokens: int) -> list[dict]:
-    kept, total = [], 0
-    for row in rows:
-        if total >= max_tokens:
-            break
-        kept.append(row)
-        total += len(row["input_ids"])
-    return kept
 
 
 def count_tokens(rows: list[dict]) -> int:

@@ -174,8 +174,8 @@ def check_pair(config: DistillConfig, teacher: nn.Module, student: nn.Module, to
     Raises:
         UsageError: another tokenizer, a head without a row for each token, or a head with more to it than a product.
     """
-    student_has_tokenizer = config.student_layers is None and config.student_model != "embedded"
-    if student_has_tokenizer:
+    starts_from_weights = config.student_layers is None and not config.student_random_init
+    if starts_from_weights and config.student_model != "embedded":
         _check_tokenizers(config, tokenizer)
     heads = {"teacher": teacher.get_output_embeddings().weight, "student": student.get_output_embeddings().weight}
     rows = {role: head.shape[0] for role, head in heads.items()}

@@ -108,7 +108,7 @@ def _start_wandb(config: DistillConfig):
 
     offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
     try:
-        if not offline and not wandb.api.api_key:
+        if not offline and not wandb.login(prompt=False, verify=False):
             return None, " (not to Weights & Biases: not logged in; run `wandb login`, or set WANDB_MODE=offline)"
         run = wandb.init(
             project=config.wandb_project,
@@ -116,7 +116,7 @@ def _start_wandb(config: DistillConfig):
             name=config.run_name,
             dir=config.output_dir,
             config=asdict(config),
-            settings=wandb.Settings(silent=True, init_timeout=30),
+            settings=wandb.Settings(silent=True, init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 20))),
         )
         for part in ("train", "eval"):
             run.define_metric(f"{part}/*", step_metric=f"{part}/step")

@@ -1,0 +1,114 @@
+import subprocess
+import sys
+import typing
+
+import pytest
+import yaml
+
+from kdkit import DistillConfig, load_config
+from kdkit.config import FIELDS, read_config
+from kdkit.losses import DIVERGENCES
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_no_arguments_give_the_embedded_pair():
+    config = load_config([])
+    assert config == DistillConfig()
+    assert config.teacher_model == config.student_model == config.dataset == "embedded"
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_command_line_beats_the_file_wherever_it_stands(tmp_path, order):
+    file = write(tmp_path / "r.yaml", "alpha: 0.3\ntemperature: 4\n")
+    parts = [["--alpha", "0.5"], ["--config", file]]
+    config = load_config(parts[order] + parts[1 - order])
+    assert (config.alpha, config.temperature) == (0.5, 4.0)
+
+
+def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
+    config = load_config([f"--config={write(tmp_path / 'r.yaml', 'learning_rate: 1e-5')}"])
+    assert config.learning_rate == 1e-5 and isinstance(config.learning_rate, float)
+
+
+def test_layers_are_a_list_or_a_count():
+    assert load_config(["--student_layers", "[0, 3]"]).student_layers == [0, 3]
+    assert load_config(["--student_layers", "2"]).student_layers == 2
+
+
+def test_null_means_none(tmp_path):
+    assert load_config(["--config", write(tmp_path / "r.yaml", "eval_steps: null")]).eval_steps is None
+    assert load_config(["--eval_steps", "null"]).eval_steps is None
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--alhpa", "0.5"], ["--alhpa", "--alpha"]),
+        (["--max-steps", "5"], ["--max_steps"]),
+        (["--alpha", "1.5"], ["alpha is 1.5", "0 <= alpha <= 1"]),
+        (["--alpha", "much"], ["alpha", "float", "much"]),
+        (["--temperature", "0"], ["temperature is 0.0", "above 0"]),
+        (["--temperature", "nan"], ["temperature", "nan"]),
+        (["--divergence", "kl"], ["divergence", "forward_kl", "kl"]),
+        (["--batch_size", "0"], ["batch_size is 0"]),
+        (["--beta", "1"], ["beta is 1.0"]),
+        (["--skew", "1"], ["skew is 1.0"]),
+        (["--max_steps", "0"], ["max_steps is 0"]),
+        (["--config"], ["--config", "YAML"]),
+        (["--config", "no/such.yaml"], ["no/such.yaml", "no such file"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(argv, named):
+    with pytest.raises(ValueError) as error:
+        load_config(argv)
+    assert all(word in str(error.value) for word in named), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_typo_in_a_file_gets_the_nearest_name_and_the_file(tmp_path):
+    file = write(tmp_path / "r.yaml", "temprature: 2")
+    with pytest.raises(ValueError, match=r"r\.yaml.*temprature.*did you mean temperature\?"):
+        load_config(["--config", file])
+
+
+@pytest.mark.parametrize("text", ["- alpha", "alpha: [", "just words"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    with pytest.raises(ValueError, match=r"r\.yaml"):
+        load_config(["--config", write(tmp_path / "r.yaml", text)])
+
+
+def test_saved_and_read_back_is_the_same(tmp_path):
+    config = DistillConfig(alpha=0.25, student_layers=[0, 2], max_eval_tokens=None, learning_rate=1e-5)
+    config.save(tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
+    assert list(yaml.safe_load((tmp_path / "config.yaml").read_text())) == list(FIELDS)
+
+
+def test_the_divergences_are_those_of_the_losses():
+    assert list(typing.get_args(typing.get_type_hints(DistillConfig)["divergence"])) == list(DIVERGENCES)
+
+
+def test_the_formula_shows_the_values():
+    formula = DistillConfig(alpha=0.3, temperature=2, divergence="jsd", beta=0.2).loss_formula
+    assert formula == "loss = 0.3 * CE + 0.7 * 2^2 * jsd(teacher, student; T=2, beta=0.2)"
+
+
+def test_help_explains_every_field():
+    printed = subprocess.run(
+        [sys.executable, "-m", "kdkit.train", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    words = " ".join(printed.split())
+    for name in FIELDS:
+        after = words.split(f"--{name} ")[-1]  # the last mention is the one with the explanation
+        assert "(type: " in after[:600], name
+        assert len(after.split("(type: ")[0].split()) >= 4, f"{name} is not explained"
+
+
+def test_importing_the_package_is_cheap():
+    code = "import sys, kdkit; print([m for m in ('torch', 'transformers', 'datasets', 'wandb') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

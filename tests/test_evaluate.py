@@ -1,0 +1,121 @@
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kdkit.config import UsageError
+from kdkit.data import collate, load_rows
+from kdkit.evaluate import compare, evaluate, main
+from kdkit.losses import IGNORE_INDEX, forward_kl, reverse_kl, total_variation
+from kdkit.models import ASSETS, load_teacher, load_tokenizer
+from kdkit.train import train
+
+
+@pytest.fixture
+def setting(small):
+    config = small(max_eval_tokens=1500, packing=False)
+    _, rows = load_rows(config, load_tokenizer(config))
+    torch.manual_seed(0)
+    student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ASSETS / "embedded_student"))
+    return config, rows, student, load_teacher(dtype=torch.float32)
+
+
+def by_hand(student, teacher, rows, per_token):
+    """The mean over tokens of a function of both models' logits and the labels, row by row."""
+    total = count = 0
+    for row in rows:
+        batch = collate([row], 0)
+        labels = batch.pop("labels")[0]
+        with torch.no_grad():
+            values = per_token(student(**batch).logits[0], teacher(**batch).logits[0], labels)
+        total, count = total + values.double().sum().item(), count + len(labels)
+    return total / count
+
+
+def test_each_metric_is_its_definition(setting):
+    config, rows, student, teacher = setting
+    config.alpha, config.temperature, config.divergence = 0.3, 2.0, "reverse_kl"
+    metrics = evaluate(student, teacher, rows, config, pad_token_id=2)
+    expected = {
+        "eval/ce_loss": lambda s, t, y: F.cross_entropy(s, y, reduction="none"),
+        "eval/teacher_ce_loss": lambda s, t, y: F.cross_entropy(t, y, reduction="none"),
+        "eval/kl_loss": lambda s, t, y: 4 * reverse_kl(s, t, 2.0),
+        "eval/kl_t1": lambda s, t, y: forward_kl(s, t),
+        "eval/top1_agreement": lambda s, t, y: s.argmax(-1) == t.argmax(-1),
+        "eval/acceptance_rate": lambda s, t, y: 1 - total_variation(s, t),
+    }
+    for key, per_token in expected.items():
+        assert metrics[key] == pytest.approx(by_hand(student, teacher, rows, per_token), rel=1e-4), key
+    assert metrics["eval/perplexity"] == pytest.approx(math.exp(metrics["eval/ce_loss"]))
+    assert metrics["eval/loss"] == pytest.approx(0.3 * metrics["eval/ce_loss"] + 0.7 * metrics["eval/kl_loss"])
+
+
+def test_the_numbers_do_not_depend_on_the_batch_size(setting):
+    config, rows, student, teacher = setting
+    results = []
+    for batch_size in (1, 3, 64):
+        config.batch_size = batch_size
+        results.append(evaluate(student, teacher, rows, config, pad_token_id=2))
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-5)
+
+
+def test_more_tokens_than_a_chunk_are_counted_once(setting, monkeypatch):
+    config, rows, student, teacher = setting
+    whole = evaluate(student, teacher, rows, config, pad_token_id=2)
+    monkeypatch.setattr("kdkit.evaluate.CHUNK", 7)
+    assert evaluate(student, teacher, rows, config, pad_token_id=2) == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_teacher_agrees_with_itself(setting):
+    config, rows, _, teacher = setting
+    metrics = evaluate(teacher, teacher, rows, config, pad_token_id=2)
+    assert metrics["eval/kl_t1"] == pytest.approx(0, abs=1e-6)
+    assert metrics["eval/top1_agreement"] == 1 and metrics["eval/acceptance_rate"] == pytest.approx(1)
+    assert metrics["eval/ce_loss"] == metrics["eval/teacher_ce_loss"]
+
+
+def test_evaluation_leaves_the_mode_and_the_random_numbers_alone(setting):
+    config, rows, student, teacher = setting
+    student.train()
+    before = torch.get_rng_state()
+    evaluate(student, teacher, rows, config, pad_token_id=2)
+    assert student.training and not teacher.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rows_without_a_label_change_nothing(setting):
+    config, rows, student, teacher = setting
+    silent = [{**row, "labels": [IGNORE_INDEX] * len(row["labels"])} for row in rows[:3]]
+    whole = evaluate(student, teacher, rows, config, pad_token_id=2)
+    assert evaluate(student, teacher, silent + rows, config, pad_token_id=2) == pytest.approx(whole, rel=1e-5)
+
+
+def test_finished_runs_are_compared(small, tmp_path, capsys):
+    runs = [str(tmp_path / name) for name in ("ce", "kd")]
+    for run, alpha in zip(runs, (1.0, 0.0), strict=True):
+        train(small(alpha=alpha, output_dir=run, max_steps=2))
+    capsys.readouterr()
+    main(runs)
+    printed = capsys.readouterr().out
+    assert "CE only" in printed and "distilled" in printed and "acceptance" in printed
+    assert (tmp_path / "kd" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    # the table's number is the one that the run logged at its end
+    last = json.loads((tmp_path / "kd" / "metrics.jsonl").read_text().splitlines()[-1])
+    row = next(line for line in printed.splitlines() if "distilled" in line)
+    assert f"{last['eval/ce_loss']:.3f}" in row and f"{last['eval/kl_t1']:.3f}" in row
+
+
+def test_a_folder_that_is_no_finished_run_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"no config\.yaml"):
+        compare([str(tmp_path)])
+
+
+def test_runs_on_different_text_are_not_compared(small, tmp_path):
+    for name, tokens in (("a", 600), ("b", 700)):
+        train(small(output_dir=str(tmp_path / name), max_steps=1, max_eval_tokens=tokens))
+    with pytest.raises(UsageError, match="another max_eval_tokens"):
+        compare([str(tmp_path / "a"), str(tmp_path / "b")])

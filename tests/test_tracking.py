@@ -1,0 +1,118 @@
+import importlib.util
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from wandb.proto.wandb_internal_pb2 import Record
+
+from kdkit.tracking import Tracker, read_metrics
+from kdkit.train import train
+
+TRAIN_KEYS = {"loss", "ce_loss", "kl_loss", "learning_rate", "grad_norm", "epoch", "step", "tokens_per_second"}
+EVAL_KEYS = {"loss", "ce_loss", "kl_loss", "min_loss", "epoch", "step", "perplexity", "kl_t1", "top1_agreement",
+             "acceptance_rate", "teacher_ce_loss"}  # fmt: skip
+
+
+def offline_records(folder: Path):
+    """The records that the wandb client wrote: LevelDB's log format, after a header of seven bytes."""
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    content, record, position = file.read_bytes(), b"", 7
+    while position + 7 <= len(content):
+        if 32768 - position % 32768 < 7:  # the end of a block holds no header
+            position += 32768 - position % 32768
+            continue
+        length, kind = struct.unpack("<HB", content[position + 4 : position + 7])
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(record)
+            record = b""
+
+
+def test_every_line_has_the_keys(small):
+    config = small(max_steps=4, eval_steps=2, logging_steps=2)
+    history = train(config)
+    lines = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert lines == history
+    train_lines = [line for line in lines if "train/step" in line]
+    eval_lines = [line for line in lines if "eval/step" in line]
+    assert [line["train/step"] for line in train_lines] == [2, 4]
+    assert [line["eval/step"] for line in eval_lines] == [0, 2, 4]
+    assert all(line.keys() == {f"train/{key}" for key in TRAIN_KEYS} for line in train_lines)
+    assert all(line.keys() == {f"eval/{key}" for key in EVAL_KEYS} for line in eval_lines)
+    losses = [line["eval/loss"] for line in eval_lines]
+    assert [line["eval/min_loss"] for line in eval_lines] == [min(losses[: i + 1]) for i in range(3)]
+
+
+def test_the_real_client_writes_the_same_offline(small, capsys):
+    config = small(use_wandb=True, alpha=0.3, wandb_entity="team", max_steps=3)
+    history = train(config)
+    assert "and Weights & Biases (offline" in capsys.readouterr().out
+    records = list(offline_records(Path(config.output_dir)))
+    (run,) = [record.run for record in records if record.HasField("run")][:1]
+    assert (run.project, run.entity, run.display_name) == ("slm-distillation", "team", config.run_name)
+    settings = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert settings["alpha"] == 0.3 and settings["teacher_model"] == "embedded"
+    logged = []
+    for record in records:
+        if record.HasField("history"):
+            row = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+            logged.append({key: value for key, value in row.items() if not key.startswith("_")})
+    assert logged == history
+
+
+def assert_goes_on_without(printed, config, why):
+    (line,) = [line for line in printed.splitlines() if "Weights & Biases" in line]
+    assert "metrics.jsonl (not to Weights & Biases: " in line and why in line
+    assert len(read_metrics(Path(config.output_dir) / "metrics.jsonl")) == 3
+
+
+def test_without_the_client_a_run_goes_on(small, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    config = small(use_wandb=True, max_steps=1)
+    train(config)
+    assert_goes_on_without(capsys.readouterr().out, config, "not installed")
+
+
+@pytest.mark.parametrize("key, why", [(None, "not logged in"), ("0" * 40, "")])
+def test_without_a_login_or_a_network_a_run_goes_on(small, tmp_path, key, why):
+    """The real client, in a process of its own, whose server is a port where nobody listens."""
+    config = small(use_wandb=True, max_steps=1)
+    config.save(tmp_path / "recipe.yaml")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "2", "HOME": str(tmp_path)}
+    if key:
+        environment["WANDB_API_KEY"] = key
+    command = [sys.executable, "-m", "kdkit.train", "--config", str(tmp_path / "recipe.yaml")]
+    run = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    assert_goes_on_without(run.stdout, config, why)
+
+
+def test_the_run_has_a_telling_name(small):
+    assert small(alpha=0.5, temperature=2, seed=3).run_name == "embedded-to-embedded-forward_kl-alpha0.5-T2-seed3"
+    assert small(alpha=1).run_name == "embedded-to-embedded-ce-seed0"
+    assert small(wandb_run_name="mine").run_name == "mine"
+
+
+def test_a_log_that_goes_on_drops_what_will_be_logged_again(small):
+    config = small()
+    path = Path(config.output_dir) / "metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    events = [{"train/step": step, "train/loss": 1.0} for step in (1, 2, 3)]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events) + '{"train/step": 4, "trai')
+    tracker = Tracker(config, step=2)
+    tracker.log_training(1, 1, 1, 1, 1, 1, step=3, epoch=0.5)
+    tracker.finish()
+    assert [event["train/step"] for event in read_metrics(path)] == [1, 2, 3]
+    assert "train/epoch" in read_metrics(path)[-1]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"train/step": 1}\n{"tra\n{"train/step": 3}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        read_metrics(tmp_path / "metrics.jsonl")

@@ -1,0 +1,199 @@
+import json
+import math
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from accelerate import Accelerator
+from nbdev.export import nb_export
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kdkit import load_config
+from kdkit import train as train_module
+from kdkit.data import Steps, load_rows
+from kdkit.models import ASSETS, load_teacher, load_tokenizer
+from kdkit.train import learning_rate, main, make_optimizer, train
+
+ROOT = Path(__file__).parent.parent
+
+
+def training(history):
+    return [event for event in history if "train/step" in event]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_each_logged_line_is_the_formula(small, monkeypatch, alpha, precision):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    for event in train(small(alpha=alpha, temperature=2.0, gradient_accumulation_steps=2, batch_size=2, eval_steps=3)):
+        part = "train" if "train/step" in event else "eval"
+        loss, ce, kl = (event[f"{part}/{name}"] for name in ("loss", "ce_loss", "kl_loss"))
+        assert loss == pytest.approx(alpha * ce + (1 - alpha) * kl, abs=1e-5)
+        assert ce > 0 and (kl > 0 or (alpha == 1 and part == "train"))
+
+
+@pytest.mark.parametrize("alpha, divergence", [(0.0, "forward_kl"), (0.3, "jsd"), (1.0, "forward_kl")])
+def test_micro_batches_change_nothing(small, tmp_path, alpha, divergence):
+    """Eight ragged rows as 1 x 8, 4 x 2 and 8 x 1: the same losses, the same gradient, step after step."""
+    runs = []
+    for batch_size, accumulation in ((8, 1), (2, 4), (1, 8), (4, 2)):
+        config = small(
+            batch_size=batch_size, gradient_accumulation_steps=accumulation, alpha=alpha, temperature=2.0,
+            divergence=divergence, packing=False, max_steps=3, output_dir=str(tmp_path / f"run{batch_size}"),
+        )  # fmt: skip
+        runs.append(training(train(config)))
+    for run in runs[1:]:
+        for event, reference in zip(run, runs[0], strict=True):
+            for key in ("train/ce_loss", "train/kl_loss", "train/loss", "train/grad_norm"):
+                assert event[key] == pytest.approx(reference[key], rel=2e-6), key
+
+
+def test_the_rows_of_that_test_are_ragged(small):
+    config = small(packing=False)
+    rows, _ = load_rows(config, load_tokenizer(config))
+    steps = Steps(rows, config, 2)
+    assert len({len(rows[index]["labels"]) for index in steps.step_rows(0)}) > 1
+
+
+def test_alpha_1_is_plain_fine_tuning(small):
+    """Against transformers' own loss and a loop of ten lines."""
+    config = small(alpha=1.0, packing=False, batch_size=8, max_steps=5)
+    history = training(train(config))
+
+    torch.manual_seed(config.seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ASSETS / "embedded_student"))
+    rows, _ = load_rows(config, load_tokenizer(config))
+    steps, optimizer = Steps(rows, config, 2), make_optimizer(model, config)
+    for index, event in enumerate(history):
+        (batch,) = steps[index]
+        # transformers shifts by itself: give it the tokens, and the labels where they stand
+        ids = torch.cat([batch["input_ids"], torch.full((len(batch["labels"]), 1), 2)], 1)
+        labels = torch.cat([torch.full((len(batch["labels"]), 1), -100), batch["labels"]], 1)
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(index, len(steps), config)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert event["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert event["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert event["train/kl_loss"] == 0
+
+
+def test_alpha_1_does_not_run_the_teacher(small, monkeypatch):
+    monkeypatch.setattr(train_module.targets, "online", lambda teacher: pytest.fail("the teacher is run"))
+    train(small(alpha=1.0, max_steps=2))
+
+
+def test_training_leaves_the_teacher_as_it_was(small, monkeypatch):
+    teachers = []
+
+    def keep(*arguments):
+        teachers.append(load_teacher(*arguments))
+        return teachers[-1]
+
+    monkeypatch.setattr(train_module, "load_teacher", keep)
+    train(small())
+    fresh = load_teacher(dtype=torch.float32).state_dict()
+    assert all(torch.equal(fresh[name], value) for name, value in teachers[0].state_dict().items())
+    assert not teachers[0].training
+
+
+def test_the_student_comes_nearer_to_the_teacher(small):
+    history = train(small(max_train_tokens=20000, max_steps=60, batch_size=8))
+    first, last = (event for event in history if "eval/step" in event)
+    assert last["eval/kl_t1"] < 0.8 * first["eval/kl_t1"]
+    assert last["eval/top1_agreement"] > 2 * first["eval/top1_agreement"]
+    assert last["eval/teacher_ce_loss"] == pytest.approx(first["eval/teacher_ce_loss"], rel=1e-6)
+
+
+def test_the_gradient_norm_is_that_before_clipping(small):
+    config = small(max_grad_norm=1e-3, max_steps=2)
+    assert all(event["train/grad_norm"] > 1e-2 for event in training(train(config)))
+
+
+def test_a_student_of_the_teachers_layers_starts_near(small):
+    history = train(small(student_layers=[0, 1, 3], max_steps=1, learning_rate=1e-5))
+    scratch = train(small(max_steps=1, resume="never"))
+    assert history[0]["eval/ce_loss"] < scratch[0]["eval/ce_loss"]
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_nothing(small):
+    config = small(learning_rate=2e-3, warmup_ratio=0.1)
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert max(rates) == rates[9] == rates[10] == 2e-3 and rates[0] == pytest.approx(2e-4)
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 1e-5
+    assert learning_rate(50, 100, small(warmup_ratio=0.0)) == pytest.approx(1e-3)
+    assert math.isfinite(learning_rate(0, 1, small(warmup_ratio=1.0)))
+
+
+def test_decay_is_on_matrices_only():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+    from kdkit import DistillConfig
+
+    decayed, free = make_optimizer(model, DistillConfig(weight_decay=0.5)).param_groups
+    assert decayed["weight_decay"] == 0.5 and [p.ndim for p in decayed["params"]] == [2]
+    assert free["weight_decay"] == 0 and all(p.ndim == 1 for p in free["params"])
+
+
+def test_bf16_is_the_default_and_accelerate_has_the_last_word(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert train_module.start_accelerator().mixed_precision == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    type(Accelerator().state)._reset_state()
+    assert train_module.start_accelerator().mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--alhpa", "1"], "--alpha"),
+        (["--alpha", "1.5"], "alpha is 1.5"),
+        (["--teacher_model", "./nothing"], "teacher_model ./nothing does not exist"),
+        (["--student_model", "./nothing"], "student_model ./nothing does not exist"),
+        (["--dataset", "./nothing.txt"], "nothing.txt does not exist"),
+        (["--student_layers", "9"], "student_layers is 9"),
+    ],
+)
+def test_a_mistake_ends_the_command_with_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, argv, named):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    message = str(end.value)
+    assert message.startswith("kdkit: ") and named in message and "\n" not in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_says_what_it_is_about_to_do(small, capsys):
+    train(small(alpha=0.3, temperature=2.0, gradient_accumulation_steps=3, batch_size=2, max_steps=1))
+    printed = capsys.readouterr().out
+    for words in ("2.43 M parameters, frozen", "0.53 M parameters, starts at random", "loss = 0.3 * CE + 0.7 * 2^2",
+                  "2 rows x 3 micro-batches x 1 ranks = 6 rows", "metrics.jsonl", "final"):  # fmt: skip
+        assert words in printed, words
+
+
+# --- the notebook is the source
+
+
+def test_the_exported_module_is_in_step_with_its_notebook(tmp_path):
+    nb_export(str(ROOT / "notebooks" / "03_train.ipynb"), lib_path=tmp_path / "kdkit")
+    # the banner and the marks name the notebook by its path from the module, which is another here
+    fresh, committed = ((root / "train.py").read_text().splitlines() for root in (tmp_path / "kdkit", ROOT / "kdkit"))
+    marks = ("# %% ", "# AUTOGENERATED!")
+    assert [x for x in fresh if not x.startswith(marks)] == [x for x in committed if not x.startswith(marks)]
+
+
+def test_in_a_notebook_the_exported_cells_do_not_parse_a_command_line(monkeypatch):
+    notebook = nbformat.read(ROOT / "notebooks" / "03_train.ipynb", as_version=4)
+    (cell,) = [cell.source for cell in notebook.cells if '__name__ == "__main__"' in cell.source]
+    monkeypatch.setattr("sys.argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    exec(cell.replace("#| export", ""), {"__name__": "__main__", "load_config": load_config})
+
+
+def test_the_notebook_is_committed_stripped():
+    notebook = json.loads((ROOT / "notebooks" / "03_train.ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert code and not any(cell["outputs"] or cell["execution_count"] for cell in code)
