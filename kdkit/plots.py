@@ -44,3 +44,21 @@ def evaluation_curves(histories: dict[str, list[dict]]) -> Figure:
     right.set_ylim(bottom=0)
     left.legend(frameon=False)
     return figure
+
+
+def training_curves(history: list[dict]) -> Figure:
+    """The loss of a run so far, on its training text and on the held-out one, against the step.
+
+    Args:
+        history: its events, as in metrics.jsonl.
+    """
+    figure, (axis,) = _figure(1, width=6.4)
+    for index, part in enumerate(("train", "eval")):
+        events = [event for event in history if f"{part}/step" in event]
+        steps, losses = ([event[f"{part}/{key}"] for event in events] for key in ("step", "loss"))
+        style = {"marker": "o", "markersize": 4} if part == "eval" else {"linewidth": 1}
+        label = {"train": "training text, each step", "eval": "held-out text"}[part]
+        axis.plot(steps, losses, color=COLOURS[index], label=label, **style)
+    axis.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axis.legend(frameon=False)
+    return figure

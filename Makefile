@@ -1,0 +1,61 @@
+# Each target makes its own virtual environment when there is none, so that these work on a fresh clone:
+#   make demo                      see a distillation: two students, one with a teacher, compared
+#   make test                      the whole suite
+#   make PYTHON=python3.12 test    with another interpreter
+#   make ENV=active demo           in the environment that is active (conda, say), as it is: nothing is installed
+
+PYTHON ?= python3
+VENV ?= .venv
+ENV ?= venv
+
+ifeq ($(ENV),active)
+RUN := python
+installed = 
+else
+RUN := $(VENV)/bin/python
+installed = $(VENV)/.installed-$(1)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint export lab notebooks bench seeds teacher clean
+.SECONDARY:
+
+help:  ## these lines
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 12
+
+# the extra "base" is none at all
+$(VENV)/.installed-%: pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --editable '.$(if $(filter base,$*),,[$*])'
+	touch $@
+
+demo: $(call installed,base)  ## distil the embedded teacher, beside a twin without a teacher; compare (under 3 minutes)
+	$(RUN) -m kdkit.train --config recipes/demo.yaml --alpha 1 --output_dir runs/demo_ce
+	$(RUN) -m kdkit.train --config recipes/demo.yaml
+	$(RUN) -m kdkit.evaluate runs/demo_ce runs/demo
+
+test: $(call installed,dev)  ## the whole suite
+	$(RUN) -m pytest
+
+lint: $(call installed,dev)  ## ruff, and whether kdkit/train.py is in step with its notebook
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest -q tests/test_train.py -k in_step
+
+export: $(call installed,dev)  ## write kdkit/train.py from notebooks/03_train.ipynb
+	$(RUN) -c "from nbdev.export import nb_export; nb_export('notebooks/03_train.ipynb', lib_path='kdkit')"
+
+lab: $(call installed,notebook)  ## open JupyterLab on the notebooks
+	$(RUN) -m jupyterlab notebooks
+
+notebooks: $(call installed,dev) $(call installed,notebook)  ## run every notebook from top to bottom
+	$(RUN) -m pytest tests/test_notebooks.py
+
+seeds: $(call installed,base)  ## the table of the README: three seeds, three amounts of text (half an hour)
+	$(RUN) benchmarks/seeds.py
+
+teacher: $(call installed,base)  ## train the embedded teacher anew (twenty minutes)
+	$(RUN) recipes/train_embedded_teacher.py
+
+clean:  ## remove the virtual environment and the runs
+	rm -rf $(VENV) runs
