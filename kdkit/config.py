@@ -33,6 +33,12 @@ class DistillConfig:
     student_random_init: bool = False
     """Start the student at random, from the config of student_model alone."""
 
+    teacher_placement: Literal["auto", "replicate", "shard", "offload"] = "auto"
+    """Where the teacher's weights are: whole on each device, sharded over the ranks, or with the CPU; auto says what
+    it chose."""
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    """The type of the weights in final/."""
+
     dataset: str = "embedded"
     """What to learn from: a .txt, .jsonl or .json file or a folder of those; "embedded" is Python's documentation."""
     text_column: str = "text"

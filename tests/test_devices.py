@@ -1,0 +1,363 @@
+"""Several ranks: real processes, started by accelerate's launcher and by torchrun, that talk over gloo."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from kdkit.checkpoint import checkpoints
+from kdkit.tracking import read_metrics
+from kdkit.train import train
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+LIMIT = 120  # seconds after which a run hangs
+
+
+def command(kind: str, *program: str, precision: str = "no") -> list[str]:
+    if kind == "fsdp":
+        config = str(ROOT / "accelerate_configs" / "fsdp_cpu.yaml")
+        launcher = ["accelerate.commands.launch", "--config_file", config, "--mixed_precision", precision]
+    else:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return [sys.executable, "-m", *launcher, *program]
+
+
+def arguments(config) -> list[str]:
+    return [f"--{name}={value}" for name, value in vars(config).items() if value is not None]
+
+
+def launch(kind: str, config, **options) -> str:
+    run = subprocess.run(
+        command(kind, "-m", "kdkit.train", *arguments(config), **options), capture_output=True, text=True, timeout=LIMIT
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def weights(config) -> torch.Tensor:
+    tensors = load_file(Path(config.output_dir) / "final" / "model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def assert_same_run(config, reference, tolerance):
+    """The same events, but for the time they took, and the same weights, to a relative tolerance (0: bit for bit)."""
+    ours, theirs = (read_metrics(Path(c.output_dir) / "metrics.jsonl") for c in (config, reference))
+    assert len(ours) == len(theirs) > 0
+    for event, other in zip(ours, theirs, strict=True):
+        assert event.keys() == other.keys()
+        for key in event.keys() - {"train/tokens_per_second"}:
+            assert event[key] == pytest.approx(other[key], rel=tolerance, abs=0 if tolerance == 0 else 1e-7), (
+                key,
+                event,
+            )
+    difference = (weights(config) - weights(reference)).norm() / weights(reference).norm()
+    assert difference <= tolerance
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One global batch of eight ragged rows, four times: one rank, two with DDP, two with FSDP; and how many
+    micro-batches a step has. The text is two epochs of a number of rows that no batch divides."""
+    from kdkit import DistillConfig
+
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    root = tmp_path_factory.mktemp("ranks")
+
+    def config(name, **fields):
+        return DistillConfig(
+            max_train_tokens=1450, max_eval_tokens=600, max_length=64, packing=False, max_steps=None, num_epochs=2,
+            alpha=0.3, temperature=2.0, logging_steps=1, eval_steps=3, save_steps=3, keep_checkpoints=9,
+            use_wandb=False, output_dir=str(root / name), **fields,
+        )  # fmt: skip
+
+    return {
+        ("one", 4): config("one4", batch_size=2, gradient_accumulation_steps=4),
+        ("one", 1): config("one1", batch_size=8),
+        ("ddp", 4): config("ddp4", batch_size=1, gradient_accumulation_steps=4),
+        ("fsdp", 4): config("fsdp4", batch_size=1, gradient_accumulation_steps=4),
+        ("fsdp", 1): config("fsdp1", batch_size=4),
+        ("ddp", 1): config("ddp1", batch_size=4),
+    }
+
+
+def finished(runs, kind, accumulation):
+    """The run, made the first time it is asked for."""
+    config = runs[kind, accumulation]
+    if not (Path(config.output_dir) / "final").exists():
+        train(config) if kind == "one" else launch(kind, config)
+    return config
+
+
+@pytest.mark.parametrize("accumulation", [4, 1])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_are_one_rank(runs, kind, accumulation):
+    reference = finished(runs, "one", accumulation)
+    assert_same_run(finished(runs, kind, accumulation), reference, 2e-5)
+    first = [read_metrics(Path(c.output_dir) / "metrics.jsonl")[1] for c in (runs[kind, accumulation], reference)]
+    for key in ("train/ce_loss", "train/kl_loss", "train/grad_norm"):  # before Adam's division has had its say
+        assert first[0][key] == pytest.approx(first[1][key], rel=1e-6)
+
+
+def test_those_runs_end_epochs_with_less_than_a_step(runs):
+    """So that a rank had a micro-batch without any row, and a batch did not divide."""
+    from kdkit.data import Steps, load_rows
+    from kdkit.models import load_tokenizer
+
+    config = runs["ddp", 4]
+    tokenizer = load_tokenizer(config)
+    rows, _ = load_rows(config, tokenizer)
+    ranks = [Steps(rows, config, tokenizer.pad_token_id, rank, 2) for rank in range(2)]
+    assert len(rows) % 8 not in (0, 4)
+    last = ranks[1][ranks[1].steps_per_epoch - 1]
+    assert any((batch["labels"] == -100).all() for batch in last)
+
+
+def test_resumed_on_two_ranks_is_bit_for_bit_the_same(runs, tmp_path):
+    whole = finished(runs, "fsdp", 4)
+    assert_same_run(resumed(whole, tmp_path, "fsdp"), whole, 0)
+
+
+def test_saved_on_two_ranks_resumed_on_one(runs, tmp_path):
+    whole = finished(runs, "fsdp", 4)
+    config = resumed(whole, tmp_path, "one", batch_size=2)
+    assert_same_run(config, finished(runs, "one", 4), 2e-5)
+
+
+def test_saved_on_one_rank_resumed_on_two(runs, tmp_path):
+    whole = finished(runs, "one", 4)
+    assert_same_run(resumed(whole, tmp_path, "fsdp", batch_size=1), whole, 2e-5)
+
+
+def resumed(config, tmp_path, kind, **fields):
+    """A copy of a finished run, of which nothing is left beyond its third step, gone on with."""
+    folder = shutil.copytree(config.output_dir, tmp_path / "resumed")
+    shutil.rmtree(folder / "final")
+    for path in checkpoints(folder)[1:]:
+        shutil.rmtree(path)
+    config = type(config)(**{**vars(config), "output_dir": str(folder), **fields})
+    if kind == "one":
+        train(config)
+    else:
+        assert "step_00000003" in launch(kind, config)
+    return config
+
+
+def test_another_number_of_ranks_alone_is_told(runs, tmp_path):
+    """Half the ranks and nothing that makes up for it: the run goes on, with other rows in a step, and says so."""
+    folder = shutil.copytree(finished(runs, "fsdp", 1).output_dir, tmp_path / "run")
+    config = type(runs["fsdp", 1])(**{**vars(runs["fsdp", 1]), "output_dir": str(folder)})
+    shutil.rmtree(checkpoints(folder)[-1])
+    printed = subprocess.run(
+        [sys.executable, "-m", "kdkit.train", *arguments(config)], capture_output=True, text=True, check=True
+    ).stdout
+    assert "4 rows a step, 8 when the checkpoint was written" in printed
+
+
+# --- sharding
+
+PROBE = """
+    import torch, torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+    from kdkit import DistillConfig
+    from kdkit.devices import place_teacher, start_accelerator
+    from kdkit.models import BodyAndHead, count_parameters, load_student, load_teacher
+    from kdkit.train import make_optimizer
+
+    accelerator = start_accelerator()
+    config = DistillConfig()
+    teacher = load_teacher()
+    student = load_student(config, teacher)
+    whole = {"teacher": count_parameters(teacher), "student": count_parameters(student)}
+    optimizer = make_optimizer(student, config)
+    student, optimizer = accelerator.prepare(BodyAndHead(student), optimizer)
+    teacher, place = place_teacher(teacher, "auto", accelerator)
+    batch = {"input_ids": torch.arange(32)[None], "position_ids": torch.arange(32)[None]}
+    student(batch, lambda hidden, head: (hidden @ head.T).float().logsumexp(-1).sum()).backward()
+    with torch.no_grad():
+        teacher(batch, lambda hidden, head: hidden.sum())
+    for name, module in (("teacher", teacher), ("student", student)):
+        for layer in module.modules():  # what the root keeps gathered after its forward goes when it is told to
+            if hasattr(layer, "reshard"):
+                layer.reshard()
+        parameters = list(module.parameters())
+        assert all(isinstance(p, DTensor) for p in parameters), name
+        local = sum(p.to_local().numel() for p in parameters)
+        total = torch.tensor(local)
+        dist.all_reduce(total)
+        assert total == whole[name], (name, total, whole)
+        assert abs(local - whole[name] / 2) < 0.01 * whole[name], (name, local, whole)
+    assert all(p.dtype == torch.bfloat16 and p.grad is None for p in teacher.parameters())
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in student.parameters())
+    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert mine == {id(p) for p in student.parameters()}
+    print(f"rank {accelerator.process_index} holds its half; {place}", flush=True)
+    accelerator.wait_for_everyone()
+"""
+
+
+def script(tmp_path, text) -> str:
+    (tmp_path / "script.py").write_text(textwrap.dedent(text))
+    return str(tmp_path / "script.py")
+
+
+def test_each_rank_holds_its_half_of_both_models(tmp_path):
+    run = subprocess.run(
+        command("fsdp", script(tmp_path, PROBE), precision="bf16"), capture_output=True, text=True, timeout=LIMIT
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    for rank in (0, 1):
+        assert f"rank {rank} holds its half; sharded over 2 ranks (shard, auto" in run.stdout
+
+
+@pytest.mark.parametrize("tied, dtype", [(True, "bfloat16"), (False, "float32")])
+def test_what_fsdp_exports_is_what_was_trained(small, tmp_path, tied, dtype):
+    from kdkit.models import ASSETS
+
+    folder = shutil.copytree(ASSETS / "embedded_student", tmp_path / "student")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": tied}))
+    config = small(
+        student_model=str(folder),
+        student_random_init=True,
+        max_steps=2,
+        export_dtype=dtype,
+        teacher_placement="offload",
+    )
+    assert "kept by the CPU (offload, as asked)" in launch("fsdp", config, precision="bf16")
+    model = AutoModelForCausalLM.from_pretrained(Path(config.output_dir) / "final")
+    assert type(model).__name__ == "LlamaForCausalLM" and model.dtype == getattr(torch, dtype)
+    assert ("lm_head.weight" in load_file(Path(config.output_dir) / "final" / "model.safetensors")) != tied
+    # the shards of both ranks, put together by hand
+    (checkpoint,) = checkpoints(config.output_dir)
+    parts = [load_file(file) for file in sorted(checkpoint.glob("*.safetensors"))]
+    assert len(parts) == 2
+    for name, value in model.named_parameters():
+        shards = [part[f"model.model.{name}"] for part in parts if f"model.model.{name}" in part]
+        assert torch.equal(torch.cat(shards).to(value.dtype), value), name
+
+
+# --- what goes wrong
+
+
+def test_a_rank_killed_in_a_save_costs_nothing_that_was_saved(small, tmp_path):
+    """SIGKILL of one rank while files are written: the launcher ends the other, and the run goes on from before."""
+    kill = """
+        import os, signal, sys
+        from torch.distributed import checkpoint as dcp
+        from kdkit.train import main
+        save, calls = dcp.save, []
+        def killed_in_the_second(state, **options):
+            calls.append(1)
+            if len(calls) == 2 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(state, **options)
+        dcp.save = killed_in_the_second
+        main(sys.argv[1:])
+    """
+    config = small(max_steps=6, save_steps=2)
+    started = time.time()
+    run = subprocess.run(
+        command("fsdp", script(tmp_path, kill), *arguments(config)), capture_output=True, text=True, timeout=LIMIT
+    )
+    assert run.returncode != 0 and time.time() - started < LIMIT - 30
+    assert [path.name for path in checkpoints(config.output_dir)] == ["step_00000002"]
+    assert "step_00000002" in launch("fsdp", config)
+    steps = [
+        event["train/step"]
+        for event in read_metrics(Path(config.output_dir) / "metrics.jsonl")
+        if "train/step" in event
+    ]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    whole = small(max_steps=6, save_steps=2, output_dir=str(tmp_path / "whole"))
+    launch("fsdp", whole)
+    assert_same_run(config, whole, 0)
+
+
+def test_a_rank_that_fails_takes_the_others_down_with_its_own_error(tmp_path):
+    fail = """
+        from kdkit.devices import start_accelerator
+        accelerator = start_accelerator()
+        if accelerator.process_index == 1:
+            raise RuntimeError("the disk of this rank is on fire")
+        accelerator.wait_for_everyone()
+    """
+    run = subprocess.run(command("ddp", script(tmp_path, fail)), capture_output=True, text=True, timeout=LIMIT)
+    assert run.returncode != 0 and "the disk of this rank is on fire" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "environment, named",
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "FSDP was asked for, but DistributedType.NO"),
+        ({"WORLD_SIZE": "2"}, "the launcher started 2 processes, but each runs alone"),
+    ],
+)
+def test_something_else_running_than_was_asked_for_is_an_error(environment, named):
+    """As accelerate itself would go on: alone, without a word."""
+    code = """if True:
+        import kdkit.devices
+        kdkit.devices._start_cpu_processes = lambda fsdp: None  # what accelerate does without it
+        kdkit.devices.start_accelerator()
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert run.returncode != 0 and named in run.stderr
+
+
+def test_to_shard_the_teacher_takes_two(small):
+    with pytest.raises(ValueError, match=r"teacher_placement is shard, but there is one process"):
+        train(small(teacher_placement="shard"))
+
+
+# --- accelerate's configurations
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_it_and_each_choice_is_explained(path):
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "bf16"
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ") and f"accelerate_configs/{path.name}" in path.read_text()
+    unexplained = [line for line in lines if line.strip() and "#" not in line and not line.endswith("fsdp_config:")]
+    assert not unexplained
+    for key, value in (yaml.safe_load(path.read_text()).get("fsdp_config") or {}).items():
+        assert (key, config.fsdp_config[key]) == (key, value)
+
+
+def test_two_launchers_meet_as_two_machines_would(small, tmp_path):
+    config = small(max_steps=2)
+    file = ROOT / "accelerate_configs" / "fsdp_multinode.yaml"
+    common = [
+        "--config_file",
+        str(file),
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "29611",
+        "--mixed_precision",
+        "no",
+    ]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", *common, "--machine_rank", str(rank),
+             "-m", "kdkit.train", *arguments(config)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=LIMIT)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(printed)
+    assert "x 2 ranks" in printed[0] and "sharded over 2 ranks" in printed[0]
