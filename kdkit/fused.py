@@ -1,0 +1,394 @@
+"""The loss of `kdkit.losses` from hidden states and heads, without ever holding the logits.
+
+Shapes: H hidden size, V vocabulary, N tokens in the loss, C tokens of a chunk, R tokens of a block. T is the
+temperature; z are the student's logits, hidden @ head.T; p and q the teacher's and the student's softmax at T.
+
+Logits are the largest thing in distillation: those of 4,096 tokens over 151,936 entries, in fp32 and for two models,
+are 5 GB, and a plain loss holds several tensors of that size. Here they exist for C tokens at a time:
+
+1. tokens whose label is -100 are left out first, so a masked token costs nothing;
+2. one matrix product a model fills a buffer, used again and again, with the chunk's logits;
+3. in blocks of R tokens that stay in the cache, cross-entropy, divergence and d loss / d z are computed in place;
+   the gradient is known in closed form (see `kdkit.losses`), so nothing is kept for a backward pass;
+4. two products turn d loss / d z into the gradients of the hidden states and of the head.
+
+So the forward does all the work, and the backward only scales. Checkpointing, the other way to save the memory,
+would compute both models' logits twice.
+
+Precision: the gradient of forward KL, q - p, is a small difference of nearly equal numbers. Logits are therefore
+fp32 even where hidden states and heads are bf16; rounded to bf16 they cost 9% of the gradient at a KL of 0.04.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kdkit.losses import DIVERGENCES, IGNORE_INDEX, KDLoss, check_loss_arguments
+
+CHUNK_TOKENS = {"cpu": 160, "gpu": 1024}  # C: every chunk reads the heads once, and takes two fp32 buffers of (C, V)
+BLOCK_ELEMENTS = {"cpu": 2**17, "gpu": 2**23}  # R * V: five fp32 tensors of this size should stay in the L2 cache
+HEAD_BLOCK = 1024  # rows of a head that are converted at a time
+
+
+class Head(NamedTuple):
+    """A head that is more than a matrix: softcap * tanh(y / softcap), with y = scale * (hidden @ weight.T + bias).
+
+    Gemma 2 caps its logits, Cohere and Granite scale them. Where nothing of this is there, give the weight alone.
+    """
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class _Model(NamedTuple):
+    """One model's side of the loss."""
+
+    hidden: Tensor  # (tokens, H)
+    head: Head  # cut to the vocabulary that both share
+    dtype: torch.dtype  # in which it multiplies
+
+
+class _Task(NamedTuple):
+    """All that the loss depends on, checked."""
+
+    student: _Model
+    teacher: _Model | None  # None at alpha = 1
+    rows: Tensor  # (N,), the tokens that are in the loss
+    labels: Tensor  # (N,)
+    num_items: Tensor  # (), at least 1
+    alpha: float
+    temperature: float
+    divergence: Callable
+    chunk_size: int
+    precise: bool
+
+
+def fused_kd_loss(
+    student_hidden: Tensor,
+    student_head: Tensor | Head,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | Head | None,
+    labels: Tensor,
+    *,
+    alpha: float,
+    temperature: float,
+    divergence: str = "forward_kl",
+    num_items_in_batch: int | Tensor | None = None,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    precise: bool = True,
+    **divergence_options: float,
+) -> KDLoss:
+    """`kd_loss(student_hidden @ student_head.T, teacher_hidden @ teacher_head.T, labels, ...)`, a chunk at a time.
+
+    The products run in the hidden states' dtype, inside `torch.autocast` in autocast's; logits are fp32, or float64.
+    Gradients have the dtype of what they belong to, and the head's is summed over the chunks in it: in fp32 for the
+    master weights of mixed precision. Only what requires a gradient gets one, and the teacher never does.
+
+    Args:
+        student_hidden: (..., H), what the model applies its head to.
+        student_head: (V, H), or a `Head` if it has a bias, a scale or a soft cap.
+        teacher_hidden, teacher_head: the teacher's, of any H; at alpha = 1 they may be None, and no value is read.
+        labels: (...), already shifted; -100 is not in the loss.
+        alpha, temperature, divergence, num_items_in_batch, divergence_options: as in `kdkit.losses.kd_loss`.
+        vocab_size: entries to keep of both vocabularies; None keeps those of the narrower head.
+        chunk_size: tokens whose logits exist at one time; None is `CHUNK_TOKENS`.
+        precise: False lets logits be rounded to the dtype of the products: faster on a CPU, no faster on a GPU.
+
+    Returns:
+        KDLoss. Its loss can be differentiated once.
+
+    Raises:
+        ValueError: an argument out of range, or shapes that do not fit.
+    """
+    check_loss_arguments(alpha, temperature, divergence)
+    student_head, teacher_head = (Head(x) if isinstance(x, Tensor) else x for x in (student_head, teacher_head))
+    vocab_size = min(vocab_size or len(student_head.weight), *(len(x.weight) for x in (student_head, teacher_head) if x))
+    student = _model("student", student_hidden, student_head, labels, vocab_size, precise)
+    teacher = None
+    if alpha < 1:
+        if teacher_hidden is None or teacher_head is None:
+            raise ValueError(f"teacher_hidden or teacher_head is None, which only alpha = 1 allows; alpha is {alpha}")
+        teacher = _model("teacher", teacher_hidden, teacher_head, labels, vocab_size, precise)
+        DIVERGENCES[divergence](torch.zeros(1), torch.zeros(1), **divergence_options)  # refuses what it does not know
+
+    rows = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (N,); the one wait for the GPU
+    num_items = torch.as_tensor(len(rows) if num_items_in_batch is None else num_items_in_batch, device=labels.device)
+    task = _Task(
+        student,
+        teacher,
+        rows,
+        labels.flatten()[rows],
+        num_items.clamp(min=1),
+        alpha,
+        temperature,
+        partial(_GRADIENTS[divergence], **divergence_options),
+        max(1, min(chunk_size or _by_device(CHUNK_TOKENS, rows), len(rows))),
+        precise,
+    )
+    inputs = student_hidden, student_head.weight, student_head.bias
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return KDLoss(*_FusedKDLoss.apply(*inputs, task), num_items)
+    return KDLoss(*_loss_and_gradients(task, None, None, None)[:3], num_items)
+
+
+def _model(name: str, hidden: Tensor, head: Head, labels: Tensor, vocab_size: int, precise: bool) -> _Model:
+    weight = head.weight[:vocab_size].detach()
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(f"labels are {tuple(labels.shape)}, {name}_hidden {tuple(hidden.shape)}: one label per token")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{name}_hidden has H = {hidden.shape[-1]}, {name}_head {weight.shape[1]}: expected the same")
+    device, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    if device != "cpu" or not precise:
+        weight = weight.to(dtype)  # for precise logits, a CPU converts a few rows at a time
+    bias = None if head.bias is None else head.bias[:vocab_size].detach()
+    return _Model(hidden.detach().reshape(labels.numel(), -1), head._replace(weight=weight, bias=bias), dtype)
+
+
+def _by_device(sizes: dict[str, int], tensor: Tensor) -> int:
+    return sizes["cpu" if tensor.device.type == "cpu" else "gpu"]
+
+
+class _FusedKDLoss(torch.autograd.Function):
+    """Gives the graph the gradients that the forward has already computed."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: _Task) -> tuple[Tensor, ...]:
+        inputs = zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        gradients = [x.new_zeros(x.shape) if needed else None for x, needed in inputs]
+        *losses, factor = _loss_and_gradients(task, *gradients)
+        ctx.save_for_backward(*gradients, factor)
+        ctx.mark_non_differentiable(*losses[1:])
+        return tuple(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        *gradients, factor = ctx.saved_tensors
+        # In place, or the head's gradient would be held twice; but not where the graph is kept for another backward.
+        multiply = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
+        return *(None if x is None else multiply(x, factor * grad_loss) for x in gradients), None
+
+
+def _loss_and_gradients(
+    task: _Task, d_hidden: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, its two parts, and a factor that the gradients, which are added to the zeros given, still lack."""
+    student, models, device = task.student, [x for x in (task.student, task.teacher) if x], task.rows.device
+    dtype, vocab_size = _logits_dtype(student), len(student.head.weight)
+    buffers = [torch.empty(task.chunk_size, vocab_size, dtype=dtype, device=device) for _ in models]  # (C, V) each
+    block_size = max(1, min(_by_device(BLOCK_ELEMENTS, task.rows) // vocab_size, task.chunk_size))
+    scratch = torch.empty(3, block_size, vocab_size, dtype=dtype, device=device)  # (3, R, V)
+    # Master weights of fp32 and hidden states of bf16: a CPU need not convert either, see `_operands_as`.
+    grad_dtype = dtype if device.type == "cpu" and student.head.weight.dtype == dtype else student.dtype
+    weight = student.head.weight.to(grad_dtype)
+    # 1 / n = 2^-exponent / mantissa. The backward multiplies by the power of two, which is exact in every dtype; with
+    # all of 1 / n in the forward, a gradient of fp16 would underflow.
+    mantissa, exponent = torch.frexp(task.num_items.to(dtype))
+    weights = task.alpha / mantissa, (1 - task.alpha) * task.temperature / mantissa  # T^2 * d(z / T) / dz = T
+
+    wanted = not (d_hidden is d_weight is d_bias is None)
+    sums = torch.zeros(2, dtype=dtype, device=device)  # of the cross-entropy and of T^2 * divergence
+    with torch.autocast(device.type, enabled=False):
+        for rows, labels in zip(task.rows.split(task.chunk_size), task.labels.split(task.chunk_size), strict=True):
+            pairs = zip(models, buffers, strict=True)
+            logits = [_logits_(model, rows, task.precise, buffer[: len(rows)]) for model, buffer in pairs]
+            # d loss / d z takes the place of z. Where its dtype is smaller, a row of it ends before that row of z.
+            grad = buffers[0].view(grad_dtype).view(-1, vocab_size)[: len(rows)] if wanted else None  # (C, V)
+            for i in range(0, len(rows), block_size):
+                block = slice(i, min(i + block_size, len(rows)))
+                sums += _block_(task, [x[block] for x in logits], labels[block, None], weights, scratch, grad, block)
+            with _operands_as(student.dtype):
+                if d_hidden is not None:
+                    d_hidden.view(-1, d_hidden.shape[-1])[rows] = torch.mm(grad, weight).to(d_hidden.dtype)
+                if d_weight is not None:
+                    _add_product_(d_weight[:vocab_size], grad.T, student.hidden[rows].to(grad_dtype))
+            if d_bias is not None:
+                d_bias[:vocab_size] += grad.sum(0, dtype=d_bias.dtype)
+    ce_loss, kl_loss = sums / task.num_items
+    loss = task.alpha * ce_loss + (1 - task.alpha) * kl_loss
+    return loss, ce_loss, kl_loss, torch.ldexp(torch.ones_like(mantissa), -exponent)
+
+
+def _logits_dtype(model: _Model) -> torch.dtype:
+    return torch.float64 if model.dtype == torch.float64 else torch.float32
+
+
+def _logits_(model: _Model, rows: Tensor, precise: bool, out: Tensor) -> Tensor:
+    """out = hidden[rows] @ weight.T, as exact as out's dtype from operands of the model's dtype."""
+    hidden, weight = model.hidden[rows].to(model.dtype), model.head.weight  # (C, H), (V, H)
+    if weight.dtype == hidden.dtype == out.dtype:
+        return torch.mm(hidden, weight.T, out=out)  # (C, V)
+    if not precise:
+        return out.copy_(torch.mm(hidden, weight.T))
+    if out.device.type == "cuda":
+        return torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+    hidden = hidden.to(out.dtype)
+    with _operands_as(model.dtype):
+        for i in range(0, len(weight), HEAD_BLOCK):
+            torch.mm(hidden, weight[i : i + HEAD_BLOCK].to(out.dtype).T, out=out[:, i : i + HEAD_BLOCK])
+    return out
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; where their dtypes differ, a few rows at a time, since the product is rounded to total's."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+        return
+    wider = {"out_dtype": total.dtype} if a.device.type == "cuda" and total.dtype == torch.float32 else {}
+    for i in range(0, len(total), HEAD_BLOCK):
+        total[i : i + HEAD_BLOCK] += torch.mm(a[i : i + HEAD_BLOCK], b, **wider)
+
+
+@contextmanager
+def _operands_as(dtype: torch.dtype) -> Iterator[None]:
+    """fp32 products on a CPU may round their operands to bf16: exact where these are bf16 already, and faster."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
+    if dtype != torch.bfloat16 or matmul is None:
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _block_(
+    task: _Task,
+    logits: list[Tensor],
+    labels: Tensor,
+    weights: tuple[Tensor, Tensor],
+    scratch: Tensor,
+    grad: Tensor | None,
+    block: slice,
+) -> Tensor:
+    """Sums of cross-entropy and T^2 * divergence over a block, and its d loss / d z, written into grad[block].
+
+    logits are the student's and the teacher's, (R, V), and are overwritten; labels are (R, 1), scratch (3, R, V).
+    """
+    ce_grad, q, p = scratch[:, : len(labels)]
+    z, slope = _finish_(logits[0], task.student.head)
+    ce_sum = _cross_entropy_(z, labels, None if grad is None else weights[0], ce_grad)
+    if len(logits) == 1:
+        total, per_token = ce_grad, z.new_zeros(())
+    else:
+        t, _ = _finish_(logits[1], task.teacher.head)
+        q, p = _softmax_(z, task.temperature, q), _softmax_(t, task.temperature, p)  # z and t become log q and log p
+        per_token, gradient = task.divergence(z, q, t, p)
+        if grad is not None:
+            total = torch.addcmul(ce_grad, gradient(), weights[1], out=q)
+    if grad is not None:
+        torch.mul(total, slope, out=grad[block])
+    return torch.stack([ce_sum, task.temperature**2 * per_token.sum()])
+
+
+def _finish_(z: Tensor, head: Head) -> tuple[Tensor, Tensor | float]:
+    """Applies bias, scale and soft cap to hidden @ weight.T in place; also gives the derivative of the last two."""
+    if head.bias is not None:
+        z += head.bias
+    if head.scale != 1:
+        z *= head.scale
+    if head.softcap is None:
+        return z, head.scale
+    tanh = z.div_(head.softcap).tanh_()
+    slope = head.scale * (1 - tanh**2)
+    return z.mul_(head.softcap), slope
+
+
+def _cross_entropy_(z: Tensor, labels: Tensor, weight: Tensor | None, out: Tensor) -> Tensor:
+    """Sum of -log softmax(z)[label]; out becomes its gradient times weight. z stays."""
+    largest = z.amax(-1, keepdim=True)  # (R, 1)
+    total = torch.sub(z, largest, out=out).exp_().sum(-1, keepdim=True)
+    if weight is not None:
+        out.mul_(weight / total).scatter_add_(-1, labels, -weight.expand_as(labels))
+    return (largest + total.log() - z.gather(-1, labels)).sum()
+
+
+def _softmax_(x: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """out, and what is returned, becomes softmax(x / T); x becomes its logarithm."""
+    torch.add(x.amax(-1, keepdim=True) / -temperature, x, alpha=1 / temperature, out=x)
+    total = torch.exp(x, out=out).sum(-1, keepdim=True)
+    x -= total.log()
+    return out.mul_(1 / total)
+
+
+# The divergences of `kdkit.losses`: from log q, q, log p, p of (R, V), which they may overwrite, to nats per token, (R,),
+# and a function that gives T * d divergence / d z, (R, V), with the formula of the docstring there.
+
+
+def _forward_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+    return log_p.sub_(log_q).mul_(p).sum(-1), lambda: q.sub_(p)
+
+
+def _reverse_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+    return _q_weighted(log_q.sub_(log_p), q)
+
+
+def _q_weighted(f: Tensor, q: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+    """sum_v q_v f_v, and q * (f - sum_v q_v f_v)."""
+    total = (q * f).sum(-1, keepdim=True)
+    return total.squeeze(-1), lambda: f.sub_(total).mul_(q)
+
+
+def _jsd(
+    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, *, beta: float = 0.5
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    log_m = _log_mix(log_p, p, log_q, q, beta)
+    from_p = log_p.sub_(log_m).mul_(p).sum(-1)
+    from_q, gradient = _q_weighted(log_q.sub_(log_m), q)
+    return beta * from_p + (1 - beta) * from_q, lambda: gradient().mul_(1 - beta)
+
+
+def _skew_kl(
+    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, *, skew: float = 0.1
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    log_m = _log_mix(log_p, p, log_q, q, skew)
+
+    def gradient() -> Tensor:
+        r = log_q.sub_(log_m).exp_().mul_(p).mul_(1 - skew)
+        return q.mul_(r.sum(-1, keepdim=True)).sub_(r)
+
+    return log_p.sub_(log_m).mul_(p).sum(-1), gradient
+
+
+def _skew_reverse_kl(
+    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, *, skew: float = 0.1
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    difference = log_q.sub_(_log_mix(log_q, q, log_p, p, skew))
+
+    def gradient() -> Tensor:
+        g = difference.sub_(difference.exp().mul_(skew)).mul_(q)
+        return g.sub_(q.mul_(g.sum(-1, keepdim=True)))
+
+    return (q * difference).sum(-1), gradient
+
+
+def _total_variation(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+    difference = torch.sub(q, p, out=log_p)
+    return 0.5 * difference.abs().sum(-1), lambda: _q_weighted(difference.sign_().mul_(0.5), q)[1]()
+
+
+def _log_mix(log_a: Tensor, a: Tensor, log_b: Tensor, b: Tensor, weight: float) -> Tensor:
+    """log(weight a + (1 - weight) b). Where both have underflowed, the divergence's term is 0 by a's or b's factor."""
+    return log_b.clone() if weight == 0 else torch.lerp(b, a, weight).clamp_(min=torch.finfo(a.dtype).tiny).log_()
+
+
+_GRADIENTS = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew_kl": _skew_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "total_variation": _total_variation,
+}
