@@ -32,7 +32,7 @@ from kdkit.losses import DIVERGENCES, IGNORE_INDEX, KDLoss, check_loss_arguments
 
 CHUNK_TOKENS = {"cpu": 160, "gpu": 1024}  # C: every chunk reads the heads once, and takes two fp32 buffers of (C, V)
 BLOCK_ELEMENTS = {"cpu": 2**17, "gpu": 2**23}  # R * V: five fp32 tensors of this size should stay in the L2 cache
-HEAD_BLOCK = 1024  # rows of a head that are converted at a time
+HEAD_ROWS = 512  # rows of a head that are converted at a time
 
 
 class Head(NamedTuple):
@@ -184,29 +184,32 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, its two parts, and a factor that the gradients, which are added to the zeros given, still lack."""
     student, models, device = task.student, [x for x in (task.student, task.teacher) if x], task.rows.device
-    dtype, vocab_size = _logits_dtype(student), len(student.head.weight)
-    buffers = [torch.empty(task.chunk_size, vocab_size, dtype=dtype, device=device) for _ in models]  # (C, V) each
-    block_size = max(1, min(_by_device(BLOCK_ELEMENTS, task.rows) // vocab_size, task.chunk_size))
-    scratch = torch.empty(3, block_size, vocab_size, dtype=dtype, device=device)  # (3, R, V)
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    empty = partial(torch.empty, dtype=dtype, device=device)
+    vocab_size = len(student.head.weight)
+    buffers = [empty(task.chunk_size, vocab_size) for _ in models]  # (C, V) each
+    scratch = empty(3, max(1, min(_by_device(BLOCK_ELEMENTS, task.rows) // vocab_size, task.chunk_size)), vocab_size)
+    nats = torch.zeros(2, len(task.rows), dtype=dtype, device=device)  # (2, N): cross-entropy, divergence
     # Master weights of fp32 and hidden states of bf16: a CPU need not convert either, see `_operands_as`.
     grad_dtype = dtype if device.type == "cpu" and student.head.weight.dtype == dtype else student.dtype
     weight = student.head.weight.to(grad_dtype)
-    # 1 / n = 2^-exponent / mantissa. The backward multiplies by the power of two, which is exact in every dtype; with
-    # all of 1 / n in the forward, a gradient of fp16 would underflow.
+    # 1 / n = 2^-exponent / mantissa. The power of two, exact in every dtype, is the backward's: with all of 1 / n here
+    # a gradient of fp16 would underflow.
     mantissa, exponent = torch.frexp(task.num_items.to(dtype))
-    weights = task.alpha / mantissa, (1 - task.alpha) * task.temperature / mantissa  # T^2 * d(z / T) / dz = T
-
     wanted = not (d_hidden is d_weight is d_bias is None)
-    sums = torch.zeros(2, dtype=dtype, device=device)  # of the cross-entropy and of T^2 * divergence
+
     with torch.autocast(device.type, enabled=False):
-        for rows, labels in zip(task.rows.split(task.chunk_size), task.labels.split(task.chunk_size), strict=True):
+        for first in range(0, len(task.rows), task.chunk_size):
+            chunk = slice(first, min(first + task.chunk_size, len(task.rows)))
+            rows, labels = task.rows[chunk], task.labels[chunk, None]  # (C,), (C, 1)
             pairs = zip(models, buffers, strict=True)
             logits = [_logits_(model, rows, task.precise, buffer[: len(rows)]) for model, buffer in pairs]
             # d loss / d z takes the place of z. Where its dtype is smaller, a row of it ends before that row of z.
-            grad = buffers[0].view(grad_dtype).view(-1, vocab_size)[: len(rows)] if wanted else None  # (C, V)
-            for i in range(0, len(rows), block_size):
-                block = slice(i, min(i + block_size, len(rows)))
-                sums += _block_(task, [x[block] for x in logits], labels[block, None], weights, scratch, grad, block)
+            grad = buffers[0].view(grad_dtype).view(-1, vocab_size)[: len(rows)]  # (C, V)
+            for i in range(0, len(rows), scratch.shape[1]):
+                block = slice(i, i + scratch.shape[1])
+                inputs, out = [x[block] for x in logits], nats[:, chunk][:, block]
+                _block_(task, inputs, labels[block], scratch, out, grad[block] if wanted else None, 1 / mantissa)
             with _operands_as(student.dtype):
                 if d_hidden is not None:
                     d_hidden.view(-1, d_hidden.shape[-1])[rows] = torch.mm(grad, weight).to(d_hidden.dtype)
@@ -214,13 +217,10 @@ def _loss_and_gradients(
                     _add_product_(d_weight[:vocab_size], grad.T, student.hidden[rows].to(grad_dtype))
             if d_bias is not None:
                 d_bias[:vocab_size] += grad.sum(0, dtype=d_bias.dtype)
-    ce_loss, kl_loss = sums / task.num_items
+    ce_loss, kl_loss = nats.sum(1) / task.num_items
+    kl_loss = task.temperature**2 * kl_loss
     loss = task.alpha * ce_loss + (1 - task.alpha) * kl_loss
     return loss, ce_loss, kl_loss, torch.ldexp(torch.ones_like(mantissa), -exponent)
-
-
-def _logits_dtype(model: _Model) -> torch.dtype:
-    return torch.float64 if model.dtype == torch.float64 else torch.float32
 
 
 def _logits_(model: _Model, rows: Tensor, precise: bool, out: Tensor) -> Tensor:
@@ -234,19 +234,23 @@ def _logits_(model: _Model, rows: Tensor, precise: bool, out: Tensor) -> Tensor:
         return torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
     hidden = hidden.to(out.dtype)
     with _operands_as(model.dtype):
-        for i in range(0, len(weight), HEAD_BLOCK):
-            torch.mm(hidden, weight[i : i + HEAD_BLOCK].to(out.dtype).T, out=out[:, i : i + HEAD_BLOCK])
+        for i in range(0, len(weight), HEAD_ROWS):
+            torch.mm(hidden, weight[i : i + HEAD_ROWS].to(out.dtype).T, out=out[:, i : i + HEAD_ROWS])
     return out
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; where their dtypes differ, a few rows at a time, since the product is rounded to total's."""
-    if total.dtype == a.dtype:
+    """total += a @ b, a few rows at a time where something has to be converted or made."""
+    on_cpu, step = a.device.type == "cpu", 4096
+    if total.dtype == a.dtype and not (on_cpu and a.dtype == torch.bfloat16):
         total.addmm_(a, b)
         return
-    wider = {"out_dtype": total.dtype} if a.device.type == "cuda" and total.dtype == torch.float32 else {}
-    for i in range(0, len(total), HEAD_BLOCK):
-        total[i : i + HEAD_BLOCK] += torch.mm(a[i : i + HEAD_BLOCK], b, **wider)
+    wider = {"out_dtype": total.dtype} if not on_cpu and total.dtype == torch.float32 else {}
+    for part, rows in zip(total.split(step), a.split(step), strict=True):
+        if total.dtype == a.dtype:
+            part.addmm_(rows.contiguous(), b)  # a CPU multiplies a transposed bf16 matrix at little over half speed
+        else:
+            part += torch.mm(rows, b, **wider)
 
 
 @contextmanager
@@ -256,8 +260,7 @@ def _operands_as(dtype: torch.dtype) -> Iterator[None]:
     if dtype != torch.bfloat16 or matmul is None:
         yield
         return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
         yield
     finally:
@@ -265,54 +268,40 @@ def _operands_as(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _block_(
-    task: _Task,
-    logits: list[Tensor],
-    labels: Tensor,
-    weights: tuple[Tensor, Tensor],
-    scratch: Tensor,
-    grad: Tensor | None,
-    block: slice,
-) -> Tensor:
-    """Sums of cross-entropy and T^2 * divergence over a block, and its d loss / d z, written into grad[block].
-
-    logits are the student's and the teacher's, (R, V), and are overwritten; labels are (R, 1), scratch (3, R, V).
-    """
-    ce_grad, q, p = scratch[:, : len(labels)]
+    task: _Task, logits: list[Tensor], labels: Tensor, scratch: Tensor, nats: Tensor, grad: Tensor | None, unit: Tensor
+) -> None:
+    """From logits (R, V), which it overwrites, of student and teacher: nats (2, R) and unit * d loss / d z (R, V)."""
+    d_z, q, p = scratch[:, : len(labels)]
     z, slope = _finish_(logits[0], task.student.head)
-    ce_sum = _cross_entropy_(z, labels, None if grad is None else weights[0], ce_grad)
-    if len(logits) == 1:
-        total, per_token = ce_grad, z.new_zeros(())
-    else:
+    largest = z.amax(-1, keepdim=True)  # (R, 1)
+    total = torch.sub(z, largest, out=d_z).exp_().sum(-1, keepdim=True)  # (R, 1), of the softmax at T = 1
+    nats[0] = (largest + total.log() - z.gather(-1, labels)).squeeze(-1)
+    if grad is not None:
+        weight = task.alpha * unit  # of softmax(z) - onehot
+        d_z.mul_(weight / total).scatter_add_(-1, labels, -weight.expand_as(labels))
+    if task.teacher:
         t, _ = _finish_(logits[1], task.teacher.head)
         q, p = _softmax_(z, task.temperature, q), _softmax_(t, task.temperature, p)  # z and t become log q and log p
-        per_token, gradient = task.divergence(z, q, t, p)
+        nats[1], g = task.divergence(z, q, t, p)
         if grad is not None:
-            total = torch.addcmul(ce_grad, gradient(), weights[1], out=q)
+            g.addcmul_(q, g.sum(-1, keepdim=True), value=-1)  # T * d divergence / d z
+            d_z.addcmul_(g, (1 - task.alpha) * task.temperature * unit)  # T^2 * divergence / T
     if grad is not None:
-        torch.mul(total, slope, out=grad[block])
-    return torch.stack([ce_sum, task.temperature**2 * per_token.sum()])
+        grad.copy_(d_z if slope is None else d_z.mul_(slope))
 
 
-def _finish_(z: Tensor, head: Head) -> tuple[Tensor, Tensor | float]:
-    """Applies bias, scale and soft cap to hidden @ weight.T in place; also gives the derivative of the last two."""
+def _finish_(z: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+    """Turns hidden @ weight.T into logits, in place; with the derivative of scale and cap, None if these are absent."""
     if head.bias is not None:
         z += head.bias
-    if head.scale != 1:
-        z *= head.scale
+    if head.scale == 1 and head.softcap is None:
+        return z, None
+    z *= head.scale
     if head.softcap is None:
-        return z, head.scale
+        return z, torch.full_like(z[:, :1], head.scale)
     tanh = z.div_(head.softcap).tanh_()
     slope = head.scale * (1 - tanh**2)
     return z.mul_(head.softcap), slope
-
-
-def _cross_entropy_(z: Tensor, labels: Tensor, weight: Tensor | None, out: Tensor) -> Tensor:
-    """Sum of -log softmax(z)[label]; out becomes its gradient times weight. z stays."""
-    largest = z.amax(-1, keepdim=True)  # (R, 1)
-    total = torch.sub(z, largest, out=out).exp_().sum(-1, keepdim=True)
-    if weight is not None:
-        out.mul_(weight / total).scatter_add_(-1, labels, -weight.expand_as(labels))
-    return (largest + total.log() - z.gather(-1, labels)).sum()
 
 
 def _softmax_(x: Tensor, temperature: float, out: Tensor) -> Tensor:
@@ -323,65 +312,49 @@ def _softmax_(x: Tensor, temperature: float, out: Tensor) -> Tensor:
     return out.mul_(1 / total)
 
 
-# The divergences of `kdkit.losses`: from log q, q, log p, p of (R, V), which they may overwrite, to nats per token, (R,),
-# and a function that gives T * d divergence / d z, (R, V), with the formula of the docstring there.
+# The divergences of `kdkit.losses`, from log q, q, log p, p of (R, V), which they overwrite. Each returns nats per token,
+# (R,), and g_v = q_v * d divergence / d q_v, (R, V), of which T * d divergence / d z is g - q * sum(g).
 
 
-def _forward_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-    return log_p.sub_(log_q).mul_(p).sum(-1), lambda: q.sub_(p)
+def _forward_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    return log_p.sub_(log_q).mul_(p).sum(-1), p.neg_()
 
 
-def _reverse_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-    return _q_weighted(log_q.sub_(log_p), q)
+def _reverse_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    g = log_q.sub_(log_p).mul_(q)
+    return g.sum(-1), g
 
 
-def _q_weighted(f: Tensor, q: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-    """sum_v q_v f_v, and q * (f - sum_v q_v f_v)."""
-    total = (q * f).sum(-1, keepdim=True)
-    return total.squeeze(-1), lambda: f.sub_(total).mul_(q)
+def _jsd(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, *, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+    log_m = _log_mix(p, q, beta)
+    from_p = log_p.sub_(log_m).mul_(p).mul_(beta)
+    g = log_q.sub_(log_m).mul_(q).mul_(1 - beta)
+    return from_p.add_(g).sum(-1), g
 
 
-def _jsd(
-    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, *, beta: float = 0.5
-) -> tuple[Tensor, Callable[[], Tensor]]:
-    log_m = _log_mix(log_p, p, log_q, q, beta)
-    from_p = log_p.sub_(log_m).mul_(p).sum(-1)
-    from_q, gradient = _q_weighted(log_q.sub_(log_m), q)
-    return beta * from_p + (1 - beta) * from_q, lambda: gradient().mul_(1 - beta)
+def _skew_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, *, skew: float = 0.1) -> tuple[Tensor, Tensor]:
+    if skew == 0:
+        return _forward_kl(log_q, q, log_p, p)
+    log_m = _log_mix(p, q, skew)
+    g = log_q.sub_(log_m).exp_().mul_(p).mul_(skew - 1)
+    return log_p.sub_(log_m).mul_(p).sum(-1), g
 
 
-def _skew_kl(
-    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, *, skew: float = 0.1
-) -> tuple[Tensor, Callable[[], Tensor]]:
-    log_m = _log_mix(log_p, p, log_q, q, skew)
-
-    def gradient() -> Tensor:
-        r = log_q.sub_(log_m).exp_().mul_(p).mul_(1 - skew)
-        return q.mul_(r.sum(-1, keepdim=True)).sub_(r)
-
-    return log_p.sub_(log_m).mul_(p).sum(-1), gradient
+def _skew_reverse_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, *, skew: float = 0.1) -> tuple[Tensor, Tensor]:
+    if skew == 0:
+        return _reverse_kl(log_q, q, log_p, p)
+    log_ratio = log_q.sub_(_log_mix(q, p, skew))  # log(q / m)
+    return (q * log_ratio).sum(-1), log_ratio.sub_(log_ratio.exp().mul_(skew)).mul_(q)
 
 
-def _skew_reverse_kl(
-    log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, *, skew: float = 0.1
-) -> tuple[Tensor, Callable[[], Tensor]]:
-    difference = log_q.sub_(_log_mix(log_q, q, log_p, p, skew))
-
-    def gradient() -> Tensor:
-        g = difference.sub_(difference.exp().mul_(skew)).mul_(q)
-        return g.sub_(q.mul_(g.sum(-1, keepdim=True)))
-
-    return (q * difference).sum(-1), gradient
+def _total_variation(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    half = torch.sub(q, p, out=log_p).mul_(0.5)
+    return half.abs().sum(-1), half.sign_().mul_(q).mul_(0.5)
 
 
-def _total_variation(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-    difference = torch.sub(q, p, out=log_p)
-    return 0.5 * difference.abs().sum(-1), lambda: _q_weighted(difference.sign_().mul_(0.5), q)[1]()
-
-
-def _log_mix(log_a: Tensor, a: Tensor, log_b: Tensor, b: Tensor, weight: float) -> Tensor:
-    """log(weight a + (1 - weight) b). Where both have underflowed, the divergence's term is 0 by a's or b's factor."""
-    return log_b.clone() if weight == 0 else torch.lerp(b, a, weight).clamp_(min=torch.finfo(a.dtype).tiny).log_()
+def _log_mix(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """log(weight a + (1 - weight) b), finite where both have underflowed: their terms are 0."""
+    return torch.lerp(b, a, weight).clamp_(min=torch.finfo(a.dtype).tiny).log_()
 
 
 _GRADIENTS = {
