@@ -1,0 +1,268 @@
+"""The divergences and the hybrid loss: properties, hand-computed cases, gradients, and the bugs that others shipped."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdkit.losses import DIVERGENCES, forward_kl, jsd, kd_loss, reverse_kl, skew_kl, skew_reverse_kl, total_variation
+
+NAMES = sorted(DIVERGENCES)
+TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
+P, Q = torch.tensor([0.5, 0.25, 0.25]).double(), torch.tensor([0.25, 0.25, 0.5]).double()  # easy to compute by hand
+LOG2 = math.log(2)
+
+
+def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def mixed_kl(a: torch.Tensor, b: torch.Tensor, weight: float) -> float:
+    """KL(a || weight a + (1 - weight) b), written out."""
+    m = weight * a + (1 - weight) * b
+    return sum(x * math.log(x / y) for x, y in zip(a.tolist(), m.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("name", NAMES)
+def test_identical_models_give_zero_and_no_gradient(name, temperature):
+    logits = randn(5, 7, scale=3).requires_grad_()
+    value = DIVERGENCES[name](logits, logits.detach() + 3.0, temperature)  # the softmax does not see the shift
+    value.sum().backward()
+    assert value.abs().max() < 1e-14
+    # The total variation has a kink there: rounding decides the sign of q - p, and with it a gradient up to 1/(2T).
+    assert name == "total_variation" or logits.grad.abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(
+    ("name", "largest"),
+    [
+        ("forward_kl", math.inf),
+        ("reverse_kl", math.inf),
+        ("jsd", LOG2),
+        ("skew_kl", -math.log(0.1)),
+        ("skew_reverse_kl", -math.log(0.1)),
+        ("total_variation", 1.0),
+    ],
+)
+def test_positive_and_within_its_range(name, largest, temperature):
+    for scale in (0.01, 1.0, 30.0):
+        value = DIVERGENCES[name](randn(64, 11, seed=1, scale=scale), randn(64, 11, seed=2, scale=scale), temperature)
+        assert value.shape == (64,)
+        assert value.min() > 0
+        assert value.max() <= largest + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("forward_kl", {}, 0.5 * LOG2 - 0.25 * LOG2),
+        ("reverse_kl", {}, -0.25 * LOG2 + 0.5 * LOG2),
+        ("total_variation", {}, 0.25),
+        ("jsd", {}, 0.5 * (mixed_kl(P, Q, 0.5) + mixed_kl(Q, P, 0.5))),
+        ("jsd", {"beta": 0.25}, 0.25 * mixed_kl(P, Q, 0.25) + 0.75 * mixed_kl(Q, P, 0.75)),
+        ("skew_kl", {}, mixed_kl(P, Q, 0.1)),
+        ("skew_kl", {"skew": 0.0}, 0.25 * LOG2),
+        ("skew_reverse_kl", {"skew": 0.3}, mixed_kl(Q, P, 0.3)),
+    ],
+)
+def test_three_tokens_by_hand(name, options, expected):
+    assert DIVERGENCES[name](Q.log(), P.log(), **options).item() == pytest.approx(expected, abs=1e-14)
+
+
+def test_the_direction_is_teacher_then_student():
+    """Two tokens: p = (3/4, 1/4), q = (1/2, 1/2). The two directions differ, and swapped arguments would show."""
+    p, q = torch.tensor([0.75, 0.25]).double(), torch.tensor([0.5, 0.5]).double()
+    assert forward_kl(q.log(), p.log()).item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-14)
+    assert reverse_kl(q.log(), p.log()).item() == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2), abs=1e-14)
+    assert forward_kl(q.log(), p.log()).item() == pytest.approx(F.kl_div(q.log(), p, reduction="sum").item(), abs=1e-14)
+
+
+def analytic_gradient(name: str, z: torch.Tensor, t: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The gradients that the docstrings state, at beta = 0.5 and skew = 0.1."""
+    p, q = (t / temperature).softmax(-1), (z / temperature).softmax(-1)
+
+    def total(x):
+        return x.sum(-1, keepdim=True)
+
+    if name == "forward_kl":
+        return (q - p) / temperature
+    if name == "reverse_kl":
+        return q * ((q / p).log() - total(q * (q / p).log())) / temperature
+    if name == "jsd":
+        m = 0.5 * p + 0.5 * q
+        return 0.5 * q * ((q / m).log() - total(q * (q / m).log())) / temperature
+    if name == "skew_kl":
+        r = 0.9 * p * q / (0.1 * p + 0.9 * q)
+        return (q * total(r) - r) / temperature
+    if name == "skew_reverse_kl":
+        m = 0.1 * q + 0.9 * p
+        g = q * ((q / m).log() - 0.1 * q / m)
+        return (g - q * total(g)) / temperature
+    s = (q - p).sign() / 2
+    return q * (s - total(q * s)) / temperature
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_is_the_docstrings_and_passes_gradcheck(name, temperature):
+    z, t = randn(3, 6, seed=3).requires_grad_(), randn(3, 6, seed=4)
+    DIVERGENCES[name](z, t, temperature).sum().backward()
+    torch.testing.assert_close(z.grad, analytic_gradient(name, z.detach(), t, temperature), rtol=0, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda x: DIVERGENCES[name](x, t, temperature), z)
+
+
+def test_related_divergences_meet_at_their_ends():
+    z, t = randn(4, 9, seed=5), randn(4, 9, seed=6)
+    torch.testing.assert_close(skew_kl(z, t, skew=0.0), forward_kl(z, t))
+    torch.testing.assert_close(skew_reverse_kl(z, t, skew=0.0), reverse_kl(z, t))
+    torch.testing.assert_close(jsd(z, t), jsd(t, z))  # symmetric at beta = 0.5
+    torch.testing.assert_close(jsd(z, t, beta=1e-7) / 1e-7, forward_kl(z, t), rtol=1e-5, atol=0)
+    torch.testing.assert_close(jsd(z, t, beta=1 - 1e-7) / 1e-7, reverse_kl(z, t), rtol=1e-5, atol=0)
+    assert jsd(z, t, beta=1e-7).max() < 1e-5  # the convention: 0 at the ends, no jump to a KL
+    overlap = torch.minimum(z.softmax(-1), t.softmax(-1)).sum(-1)
+    torch.testing.assert_close(total_variation(z, t), 1 - overlap)  # one minus the acceptance rate
+
+
+def random_batch(batch: int = 8, seq: int = 6, vocab: int = 13, seed: int = 0):
+    """Student and teacher logits, and labels of ragged length."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(vocab, (batch, seq), generator=generator)
+    for row, length in enumerate(torch.randint(1, seq + 1, (batch,), generator=generator).tolist()):
+        labels[row, length:] = -100
+    return randn(batch, seq, vocab, seed=seed + 1), randn(batch, seq, vocab, seed=seed + 2), labels
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_loss_is_the_mixture_summed_over_valid_tokens(alpha, temperature):
+    """Token by token in plain Python: catches a wrong reduction, a wrong mask, a missing T^2, a swapped alpha."""
+    z, t, labels = random_batch()
+    ce, kl, count = 0.0, 0.0, 0
+    for b, s in (labels != -100).nonzero().tolist():
+        log_q, log_p = (z[b, s] / temperature).log_softmax(-1), (t[b, s] / temperature).log_softmax(-1)
+        ce -= z[b, s].log_softmax(-1)[labels[b, s]].item()
+        kl += temperature**2 * (log_p.exp() * (log_p - log_q)).sum().item()
+        count += 1
+    got = kd_loss(z, t, labels, alpha=alpha, temperature=temperature)
+    assert got.num_items == count
+    assert got.ce_loss.item() == pytest.approx(ce / count, abs=1e-12)
+    assert got.kl_loss.item() == pytest.approx(kl / count if alpha < 1 else 0.0, abs=1e-12)
+    assert got.loss.item() == pytest.approx(alpha * got.ce_loss.item() + (1 - alpha) * got.kl_loss.item(), abs=1e-13)
+
+
+def test_shape_of_the_batch_does_not_matter():
+    z, t, labels = random_batch()
+    flat = kd_loss(z.flatten(0, 1), t.flatten(0, 1), labels.flatten(), alpha=0.3, temperature=2.0)
+    assert flat.loss == kd_loss(z, t, labels, alpha=0.3, temperature=2.0).loss
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])  # the divergence and the cross-entropy, each by itself
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batches_add_up_to_the_whole(size, alpha):
+    """The mean of micro-batch means is another number where sequences are ragged."""
+    z, t, labels = random_batch()
+    arguments = {"alpha": alpha, "temperature": 2.0, "num_items_in_batch": (labels != -100).sum()}
+    whole, parts = z.clone().requires_grad_(), z.clone().requires_grad_()
+    expected = kd_loss(whole, t, labels, **arguments)
+    expected.loss.backward()
+    losses = [kd_loss(*x, **arguments) for x in zip(parts.split(size), t.split(size), labels.split(size), strict=True)]
+    total = sum(x.loss for x in losses)
+    total.backward()
+    torch.testing.assert_close(total, expected.loss, rtol=0, atol=1e-13)
+    torch.testing.assert_close(parts.grad, whole.grad, rtol=0, atol=1e-14)
+    means = [kd_loss(*x, alpha=alpha, temperature=2.0).loss for x in zip(z, t, labels, strict=True)]
+    assert abs(sum(means) / len(means) - expected.loss) > 1e-3
+
+
+def test_gradient_shrinks_like_one_over_t_squared_unless_multiplied():
+    """With T^2 the size of the gradient is of the same order at T = 8 and T = 64; without, 64 times smaller."""
+    z, t, labels = random_batch()
+    norms = []
+    for temperature in (8.0, 64.0):
+        x = z.clone().requires_grad_()
+        kd_loss(x, t, labels, alpha=0.0, temperature=temperature).loss.backward()
+        norms.append(x.grad.norm())
+    assert norms[1] / norms[0] == pytest.approx(1.0, abs=0.2)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_masked_tokens_are_not_read(alpha):
+    """NaN where the label is -100: a mask that multiplies would let it through."""
+    z, t, labels = random_batch()
+    expected = kd_loss(z, t, labels, alpha=alpha, temperature=2.0).loss
+    z, t = z.masked_fill((labels == -100)[..., None], math.nan), t.masked_fill((labels == -100)[..., None], math.nan)
+    z.requires_grad_()
+    loss = kd_loss(z, t, labels, alpha=alpha, temperature=2.0).loss
+    loss.backward()
+    assert loss == expected
+    assert z.grad[labels == -100].abs().sum() == 0
+    assert z.grad.isfinite().all()
+
+
+def test_a_label_that_equals_the_pad_token_is_learnt():
+    """Only -100 masks: with pad == eos a mask by id would never teach the model to stop."""
+    z, t, labels = random_batch(vocab=3)
+    assert kd_loss(z, t, labels, alpha=0.5, temperature=1.0).num_items == (labels != -100).sum()
+
+
+def test_no_valid_token_is_a_zero_that_keeps_its_graph():
+    z, t, labels = random_batch()
+    z.requires_grad_()
+    for num_items in (None, 0, 7):
+        got = kd_loss(z, t, torch.full_like(labels, -100), alpha=0.3, temperature=2.0, num_items_in_batch=num_items)
+        assert got.loss == got.ce_loss == got.kl_loss == 0
+        got.loss.backward()
+        assert z.grad.abs().max() == 0
+
+
+def test_padded_vocabularies_are_cut_to_the_narrower():
+    """Rows that belong to no token, however likely, change nothing. Padding with zeros would."""
+    z, t, labels = random_batch()
+    expected = kd_loss(z, t, labels, alpha=0.3, temperature=2.0)
+    wide = torch.cat([t, randn(*t.shape[:-1], 5, seed=9, scale=9)], -1)
+    assert kd_loss(z, wide, labels, alpha=0.3, temperature=2.0).loss == expected.loss
+    wide = torch.cat([z, randn(*z.shape[:-1], 5, seed=9, scale=9)], -1).requires_grad_()
+    got = kd_loss(wide, t, labels, alpha=0.3, temperature=2.0)
+    got.loss.backward()
+    assert got.loss == expected.loss
+    assert wide.grad[..., z.shape[-1] :].abs().max() == 0
+
+
+def test_alpha_one_does_not_read_the_teacher():
+    z, t, labels = random_batch()
+    expected = F.cross_entropy(z.flatten(0, 1), labels.flatten())
+    for teacher in (None, t * math.nan):
+        got = kd_loss(z, teacher, labels, alpha=1.0, temperature=2.0)
+        torch.testing.assert_close(got.loss, expected)
+        assert got.kl_loss == 0
+
+
+def test_half_precision_logits_are_summed_in_fp32():
+    z, t, labels = (x.bfloat16() if x.is_floating_point() else x for x in random_batch())
+    got = kd_loss(z, t, labels, alpha=0.3, temperature=2.0)
+    assert got.loss.dtype == torch.float32
+    expected = kd_loss(z.double(), t.double(), labels, alpha=0.3, temperature=2.0).loss
+    assert got.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"alpha": 1.5}, "alpha is 1.5"),
+        ({"temperature": 0.0}, "temperature is 0"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"divergence": "kl"}, "divergence is 'kl'"),
+        ({"divergence": "jsd", "beta": 1.0}, "beta is 1.0"),
+        ({"divergence": "skew_kl", "skew": 1.0}, "skew is 1.0"),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, "one per token"),
+        ({"teacher_logits": None}, "teacher_logits is None"),
+    ],
+)
+def test_mistakes_are_named(changed, message):
+    z, t, labels = random_batch()
+    arguments = {"student_logits": z, "teacher_logits": t, "labels": labels, "alpha": 0.5, "temperature": 2.0} | changed
+    with pytest.raises(ValueError, match=message):
+        kd_loss(**arguments)
