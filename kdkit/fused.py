@@ -109,6 +109,8 @@ def fused_kd_loss(
         ValueError: an argument out of range, or shapes that do not fit.
     """
     check_loss_arguments(alpha, temperature, divergence)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}, expected at least 1 token, or None for the default")
     student_head, teacher_head = (Head(x) if isinstance(x, Tensor) else x for x in (student_head, teacher_head))
     vocab_size = min(vocab_size or len(student_head.weight), *(len(x.weight) for x in (student_head, teacher_head) if x))
     student = _model("student", student_hidden, student_head, labels, vocab_size, precise)
