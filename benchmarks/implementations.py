@@ -1,0 +1,109 @@
+"""The losses that the benchmarks compare, behind one signature; peers that are not installed are named and left out.
+
+Each takes `(student_hidden, student_head, teacher_hidden, teacher_head, labels, alpha, temperature, **options)` and
+returns a scalar with its graph: alpha * CE + (1 - alpha) * T^2 * KL(teacher || student). Where a peer leaves out T^2,
+that is put back here, and said in `CONVENTIONS`: the comparison is then of the same number.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from kdkit.fused import fused_kd_loss
+from kdkit.losses import kd_loss
+
+CONVENTIONS = {
+    "liger": {"T squared": "leaves T^2 to the caller", "accumulation": "divides by the call's own tokens"},
+    "trl gkd": {"T squared": "leaves T^2 to the caller"},
+    "trl chunked": {"T squared": "leaves T^2 to the caller", "cross-entropy": "has none"},
+}
+
+
+def kdkit_dense(hidden, head, teacher_hidden, teacher_head, labels, alpha, temperature, **options):
+    teacher_logits = None if teacher_hidden is None else teacher_hidden @ teacher_head.T
+    return kd_loss(hidden @ head.T, teacher_logits, labels, alpha=alpha, temperature=temperature, **options).loss
+
+
+def kdkit_fused(hidden, head, teacher_hidden, teacher_head, labels, alpha, temperature, **options):
+    arguments = {"alpha": alpha, "temperature": temperature, **options}
+    return fused_kd_loss(hidden, head, teacher_hidden, teacher_head, labels, **arguments).loss
+
+
+def naive(hidden, head, teacher_hidden, teacher_head, labels, alpha, temperature):
+    """What is written first: logits of every token in fp32, masked at the end."""
+    z, t = (hidden @ head.T).float(), (teacher_hidden @ teacher_head.T).float()  # (N, V)
+    valid = labels != -100
+    log_q, log_p = F.log_softmax(z / temperature, -1), F.log_softmax(t / temperature, -1)
+    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    kl = torch.where(valid, kl, 0).sum() / valid.sum()
+    return alpha * F.cross_entropy(z, labels) + (1 - alpha) * temperature**2 * kl
+
+
+def _liger(compiled: bool) -> Callable:
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
+
+    def liger(hidden, head, teacher_hidden, teacher_head, labels, alpha, temperature):
+        loss = LigerFusedLinearJSDLoss(
+            weight_hard_loss=alpha,
+            weight_soft_loss=(1 - alpha) * temperature**2,
+            beta=0.0,  # its name for KL(teacher || student)
+            temperature=temperature,
+            compiled=compiled,
+        )
+        return loss(hidden, head, teacher_hidden, teacher_head, labels)
+
+    return liger
+
+
+def _trl_gkd() -> Callable:
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+    def trl_gkd(hidden, head, teacher_hidden, teacher_head, labels, alpha, temperature, num_items_in_batch=None):
+        z, t = hidden @ head.T, teacher_hidden @ teacher_head.T
+        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        kl = GKDTrainer.generalized_jsd_loss(
+            z[None], t[None], labels[None], beta=0, temperature=temperature, num_items_in_batch=count
+        )
+        ce = F.cross_entropy(z, labels, reduction="sum") / count if alpha > 0 else 0.0
+        return alpha * ce + (1 - alpha) * temperature**2 * kl
+
+    return trl_gkd
+
+
+def _trl_chunked() -> Callable:
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    def trl_chunked(hidden, head, teacher_hidden, teacher_head, labels, alpha, temperature, num_items_in_batch=None):
+        loss, _, _ = _chunked_divergence_loss(
+            hidden[None],
+            teacher_hidden[None],
+            head,
+            teacher_head,
+            (labels != -100)[None],
+            beta=0.0,
+            temperature=temperature,
+            num_items_in_batch=num_items_in_batch,
+        )
+        return (1 - alpha) * temperature**2 * loss
+
+    return trl_chunked
+
+
+def peers() -> tuple[dict[str, Callable], list[str]]:
+    """Those that are installed, and a line for each that is not."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    found, missing = {}, []
+    makers = {
+        "liger": lambda: _liger(compiled=False),
+        "liger compiled": lambda: _liger(compiled=True),
+        "trl gkd": _trl_gkd,
+        "trl chunked": _trl_chunked,
+    }
+    for name, make in makers.items():
+        try:
+            found[name] = make()
+        except ImportError as error:
+            missing.append(f"{name} is skipped ({error}); pip install 'kdkit[peers]' has it")
+    return found, missing
