@@ -155,7 +155,7 @@ def nearly_equal_pair(kl: float, tokens: int = 256, vocab: int = 8000, hidden: i
     """bf16 hidden states and heads of a teacher and of a student that is the teacher plus noise, at about this KL."""
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(tokens, hidden, generator=generator)
-    head, noise = (torch.randn(vocab, hidden, generator=generator) * (x / hidden) ** 0.5 for x in (16.0, 2 * kl))
+    head, noise = (torch.randn(vocab, hidden, generator=generator) * (x / hidden) ** 0.5 for x in (16.0, 2.4 * kl))
     labels = torch.randint(vocab, (tokens,), generator=generator)
     return [*(x.bfloat16() for x in (h, head + noise, h, head)), labels]
 

@@ -30,7 +30,8 @@ from torch.autograd.function import once_differentiable
 
 from kdkit.losses import DIVERGENCES, IGNORE_INDEX, KDLoss, check_loss_arguments
 
-CHUNK_TOKENS = {"cpu": 160, "gpu": 1024}  # C: every chunk reads the heads once, and takes two fp32 buffers of (C, V)
+CHUNK_TOKENS = {"cpu": 160, "gpu": 1024}  # C at the least: every chunk reads both heads, and takes two buffers of (C, V)
+CHUNK_ELEMENTS = 2**22  # C * V at the least: with a small vocabulary C is larger
 BLOCK_ELEMENTS = {"cpu": 2**17, "gpu": 2**23}  # R * V: five fp32 tensors of this size should stay in the L2 cache
 HEAD_ROWS = 512  # rows of a head that are converted at a time
 
@@ -99,7 +100,7 @@ def fused_kd_loss(
         labels: (...), already shifted; -100 is not in the loss.
         alpha, temperature, divergence, num_items_in_batch, divergence_options: as in `kdkit.losses.kd_loss`.
         vocab_size: entries to keep of both vocabularies; None keeps those of the narrower head.
-        chunk_size: tokens whose logits exist at one time; None is `CHUNK_TOKENS`.
+        chunk_size: tokens whose logits exist at one time; None is `CHUNK_TOKENS`, or more for a small vocabulary.
         precise: False lets logits be rounded to the dtype of the products: faster on a CPU, no faster on a GPU.
 
     Returns:
@@ -132,7 +133,7 @@ def fused_kd_loss(
         alpha,
         temperature,
         partial(_GRADIENTS[divergence], **divergence_options),
-        max(1, min(chunk_size or _by_device(CHUNK_TOKENS, rows), len(rows))),
+        max(1, min(chunk_size or max(_by_device(CHUNK_TOKENS, rows), CHUNK_ELEMENTS // vocab_size), len(rows))),
         precise,
     )
     inputs = student_hidden, student_head.weight, student_head.bias
@@ -242,17 +243,15 @@ def _logits_(model: _Model, rows: Tensor, precise: bool, out: Tensor) -> Tensor:
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, a few rows at a time where something has to be converted or made."""
-    on_cpu, step = a.device.type == "cpu", 4096
-    if total.dtype == a.dtype and not (on_cpu and a.dtype == torch.bfloat16):
+    """total += a @ b, where a is a transposed matrix and may be of a lower dtype."""
+    on_cpu = a.device.type == "cpu"
+    if total.dtype == torch.float32 != a.dtype and not on_cpu:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif total.dtype == a.dtype and not (on_cpu and a.dtype == torch.bfloat16):
         total.addmm_(a, b)
-        return
-    wider = {"out_dtype": total.dtype} if not on_cpu and total.dtype == torch.float32 else {}
-    for part, rows in zip(total.split(step), a.split(step), strict=True):
-        if total.dtype == a.dtype:
-            part.addmm_(rows.contiguous(), b)  # a CPU multiplies a transposed bf16 matrix at little over half speed
-        else:
-            part += torch.mm(rows, b, **wider)
+    else:
+        for part, rows in zip(total.split(4096), a.split(4096), strict=True):
+            part.addmm_(rows.to(part.dtype).contiguous(), b.to(part.dtype))  # transposed, bf16 is slow on a CPU
 
 
 @contextmanager
