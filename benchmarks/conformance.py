@@ -4,8 +4,8 @@
     python benchmarks/conformance.py --kdkit    # without the peers
 
 A property takes any implementation with the signature of `implementations.py`, measures a number, and says whether it
-is as it should be. A peer's deliberate convention is printed as one (c), not as a failure; so is what it cannot be asked
-(-). The loss is alpha * CE + (1 - alpha) * T^2 * KL(teacher || student), per valid token.
+is as it should be. A peer's deliberate convention is printed as one (c), not as a failure; what cannot be asked of
+it is a dash. The loss is alpha * CE + (1 - alpha) * T^2 * KL(teacher || student), per valid token.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def nothing_valid(loss: Implementation) -> tuple[float, float]:
 
 
 def accumulation(loss: Implementation) -> tuple[float, float]:
-    """Ragged micro-batches of 1, 4 and 7 tokens, divided by the step's count, add up to the whole: value and gradients."""
+    """Micro-batches of 1, 4 and 7 tokens, divided by the step's count, add up to the whole: value and gradients."""
     inputs = problem()
     count = (inputs[-1] != -100).sum()
     whole = gradients(loss, inputs, 0.0, 2.0, num_items_in_batch=count)

@@ -30,8 +30,8 @@ from torch.autograd.function import once_differentiable
 
 from kdkit.losses import DIVERGENCES, IGNORE_INDEX, KDLoss, check_loss_arguments
 
-CHUNK_TOKENS = {"cpu": 160, "gpu": 1024}  # C at the least: every chunk reads both heads, and takes two buffers of (C, V)
-CHUNK_ELEMENTS = 2**22  # C * V at the least: with a small vocabulary C is larger
+CHUNK_TOKENS = {"cpu": 160, "gpu": 1024}  # C, at the least: each chunk reads both heads, and fills two (C, V) buffers
+CHUNK_ELEMENTS = 2**22  # C * V, at the least: where the vocabulary is small, C is larger
 BLOCK_ELEMENTS = {"cpu": 2**17, "gpu": 2**23}  # R * V: five fp32 tensors of this size should stay in the L2 cache
 HEAD_ROWS = 512  # rows of a head that are converted at a time
 
@@ -113,7 +113,8 @@ def fused_kd_loss(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1 token, or None for the default")
     student_head, teacher_head = (Head(x) if isinstance(x, Tensor) else x for x in (student_head, teacher_head))
-    vocab_size = min(vocab_size or len(student_head.weight), *(len(x.weight) for x in (student_head, teacher_head) if x))
+    widths = [len(head.weight) for head in (student_head, teacher_head) if head is not None]
+    vocab_size = min(*widths, vocab_size or widths[0])
     student = _model("student", student_hidden, student_head, labels, vocab_size, precise)
     teacher = None
     if alpha < 1:
@@ -192,14 +193,16 @@ def _loss_and_gradients(
     vocab_size = len(student.head.weight)
     buffers = [empty(task.chunk_size, vocab_size) for _ in models]  # (C, V) each
     scratch = empty(3, max(1, min(_by_device(BLOCK_ELEMENTS, task.rows) // vocab_size, task.chunk_size)), vocab_size)
-    nats = torch.zeros(2, len(task.rows), dtype=dtype, device=device)  # (2, N): cross-entropy, divergence
+    nats = [(empty(0, 1), empty(0))]  # of every block, per token: cross-entropy (R, 1) and divergence (R,)
     # Master weights of fp32 and hidden states of bf16: a CPU need not convert either, see `_operands_as`.
     grad_dtype = dtype if device.type == "cpu" and student.head.weight.dtype == dtype else student.dtype
     weight = student.head.weight.to(grad_dtype)
     # 1 / n = 2^-exponent / mantissa. The power of two, exact in every dtype, is the backward's: with all of 1 / n here
     # a gradient of fp16 would underflow.
     mantissa, exponent = torch.frexp(task.num_items.to(dtype))
-    wanted = not (d_hidden is d_weight is d_bias is None)
+    weights = None  # of the cross-entropy's and of the divergence's T * d / d z, where these are wanted
+    if not (d_hidden is d_weight is d_bias is None):
+        weights = task.alpha / mantissa, (1 - task.alpha) * task.temperature / mantissa  # T^2 / T
 
     with torch.autocast(device.type, enabled=False):
         for first in range(0, len(task.rows), task.chunk_size):
@@ -209,10 +212,8 @@ def _loss_and_gradients(
             logits = [_logits_(model, rows, task.precise, buffer[: len(rows)]) for model, buffer in pairs]
             # d loss / d z takes the place of z. Where its dtype is smaller, a row of it ends before that row of z.
             grad = buffers[0].view(grad_dtype).view(-1, vocab_size)[: len(rows)]  # (C, V)
-            for i in range(0, len(rows), scratch.shape[1]):
-                block = slice(i, i + scratch.shape[1])
-                inputs, out = [x[block] for x in logits], nats[:, chunk][:, block]
-                _block_(task, inputs, labels[block], scratch, out, grad[block] if wanted else None, 1 / mantissa)
+            blocks = (x.split(scratch.shape[1]) for x in (labels, grad, *logits))
+            nats += [_block_(task, weights, scratch, *block) for block in zip(*blocks, strict=True)]
             with _operands_as(student.dtype):
                 if d_hidden is not None:
                     d_hidden.view(-1, d_hidden.shape[-1])[rows] = torch.mm(grad, weight).to(d_hidden.dtype)
@@ -220,7 +221,7 @@ def _loss_and_gradients(
                     _add_product_(d_weight[:vocab_size], grad.T, student.hidden[rows].to(grad_dtype))
             if d_bias is not None:
                 d_bias[:vocab_size] += grad.sum(0, dtype=d_bias.dtype)
-    ce_loss, kl_loss = nats.sum(1) / task.num_items
+    ce_loss, kl_loss = (torch.cat(x).sum() / task.num_items for x in zip(*nats, strict=True))
     kl_loss = task.temperature**2 * kl_loss
     loss = task.alpha * ce_loss + (1 - task.alpha) * kl_loss
     return loss, ce_loss, kl_loss, torch.ldexp(torch.ones_like(mantissa), -exponent)
@@ -269,52 +270,61 @@ def _operands_as(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _block_(
-    task: _Task, logits: list[Tensor], labels: Tensor, scratch: Tensor, nats: Tensor, grad: Tensor | None, unit: Tensor
-) -> None:
-    """From logits (R, V), which it overwrites, of student and teacher: nats (2, R) and unit * d loss / d z (R, V)."""
-    d_z, q, p = scratch[:, : len(labels)]
-    z, slope = _finish_(logits[0], task.student.head)
+    task: _Task,
+    weights: tuple[Tensor, Tensor] | None,
+    scratch: Tensor,
+    labels: Tensor,
+    grad: Tensor,
+    z: Tensor,
+    t: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (R, 1) and divergence (R,) of labels (R, 1) and logits z and t (R, V); d loss / d z goes to grad.
+
+    The logits are overwritten. weights, None where no gradient is wanted, are those of the two gradients.
+    """
+    d_z, q, p = scratch[:, : len(labels)]  # (R, V) each
+    slope = _finish_(z, task.student.head)
     largest = z.amax(-1, keepdim=True)  # (R, 1)
-    total = torch.sub(z, largest, out=d_z).exp_().sum(-1, keepdim=True)  # (R, 1), of the softmax at T = 1
-    nats[0] = (largest + total.log() - z.gather(-1, labels)).squeeze(-1)
-    if grad is not None:
-        weight = task.alpha * unit  # of softmax(z) - onehot
-        d_z.mul_(weight / total).scatter_add_(-1, labels, -weight.expand_as(labels))
-    if task.teacher:
-        t, _ = _finish_(logits[1], task.teacher.head)
-        q, p = _softmax_(z, task.temperature, q), _softmax_(t, task.temperature, p)  # z and t become log q and log p
-        nats[1], g = task.divergence(z, q, t, p)
-        if grad is not None:
+    total = torch.sub(z, largest, out=d_z).exp_().sum(-1, keepdim=True)  # (R, 1): d_z / total is softmax(z)
+    ce, divergence = largest + total.log() - z.gather(-1, labels), torch.zeros_like(total[:, 0])
+    if weights:
+        d_z.mul_(weights[0] / total).scatter_add_(-1, labels, -weights[0].expand_as(labels))
+    if t is not None:
+        _finish_(t, task.teacher.head)
+        _softmax_(z, largest, task.temperature, q)  # z becomes log q
+        _softmax_(t, t.amax(-1, keepdim=True), task.temperature, p)  # t becomes log p
+        divergence, g = task.divergence(z, q, t, p)
+        if weights:
             g.addcmul_(q, g.sum(-1, keepdim=True), value=-1)  # T * d divergence / d z
-            d_z.addcmul_(g, (1 - task.alpha) * task.temperature * unit)  # T^2 * divergence / T
-    if grad is not None:
+            d_z.addcmul_(g, weights[1])
+    if weights:
         grad.copy_(d_z if slope is None else d_z.mul_(slope))
+    return ce, divergence
 
 
-def _finish_(z: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
-    """Turns hidden @ weight.T into logits, in place; with the derivative of scale and cap, None if these are absent."""
+def _finish_(z: Tensor, head: Head) -> Tensor | None:
+    """Turns hidden @ weight.T into logits, in place; with the derivative of that, None if it is 1."""
     if head.bias is not None:
         z += head.bias
-    if head.scale == 1 and head.softcap is None:
-        return z, None
-    z *= head.scale
+    if head.scale != 1:
+        z *= head.scale
     if head.softcap is None:
-        return z, torch.full_like(z[:, :1], head.scale)
-    tanh = z.div_(head.softcap).tanh_()
-    slope = head.scale * (1 - tanh**2)
-    return z.mul_(head.softcap), slope
+        return None if head.scale == 1 else z.new_tensor(head.scale)
+    slope = head.scale * (1 - z.div_(head.softcap).tanh_() ** 2)
+    z *= head.softcap
+    return slope
 
 
-def _softmax_(x: Tensor, temperature: float, out: Tensor) -> Tensor:
-    """out, and what is returned, becomes softmax(x / T); x becomes its logarithm."""
-    torch.add(x.amax(-1, keepdim=True) / -temperature, x, alpha=1 / temperature, out=x)
+def _softmax_(x: Tensor, largest: Tensor, temperature: float, out: Tensor) -> None:
+    """out becomes softmax(x / T), and x its logarithm; largest is the maximum of x, (R, 1)."""
+    torch.add(largest / -temperature, x, alpha=1 / temperature, out=x)
     total = torch.exp(x, out=out).sum(-1, keepdim=True)
     x -= total.log()
-    return out.mul_(1 / total)
+    out *= total.reciprocal_()
 
 
-# The divergences of `kdkit.losses`, from log q, q, log p, p of (R, V), which they overwrite. Each returns nats per token,
-# (R,), and g_v = q_v * d divergence / d q_v, (R, V), of which T * d divergence / d z is g - q * sum(g).
+# The divergences of `kdkit.losses`, from log q, q, log p, p of (R, V), which they overwrite: nats per token, (R,), and
+# g_v = q_v * d divergence / d q_v, (R, V), of which T * d divergence / d z is g - q * sum(g).
 
 
 def _forward_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

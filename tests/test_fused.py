@@ -134,7 +134,9 @@ def test_far_apart_models_stay_finite(name):
     """Probabilities that underflow, in fp32: logits differ by hundreds."""
     h, w, th, tw, labels = problem(dtype=torch.float32)
     got = run(fused_kd_loss, 40 * h, w, 40 * th, tw, labels, alpha=0.3, temperature=0.5, divergence=name)
-    expected = run(dense, *(x.double() for x in (40 * h, w, 40 * th, tw)), labels, alpha=0.3, temperature=0.5, divergence=name)
+    expected = run(
+        dense, *(x.double() for x in (40 * h, w, 40 * th, tw)), labels, alpha=0.3, temperature=0.5, divergence=name
+    )
     for x, y in zip(got, expected, strict=True):
         torch.testing.assert_close(x.double(), y.double(), rtol=1e-4, atol=1e-4)
 
