@@ -22,6 +22,7 @@ import resource
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,9 +76,12 @@ def products(inputs: list[torch.Tensor], fp32_logits: bool):
 
 def contenders(args: argparse.Namespace) -> dict:
     peers, missing = implementations.peers()
-    print(*missing, sep="\n", end="\n" if missing else "")
-    imprecise = lambda *inputs: implementations.kdkit_fused(*inputs, precise=False)  # noqa: E731
+    if multiprocessing.parent_process() is None:
+        print(*missing, sep="\n", end="\n" if missing else "")
+    imprecise = partial(implementations.kdkit_fused, precise=False)
     everything = {"kdkit fused": implementations.kdkit_fused, "kdkit fused, imprecise": imprecise}
+    for size in args.chunk_sizes:
+        everything[f"kdkit fused, chunks of {size}"] = partial(implementations.kdkit_fused, chunk_size=size)
     everything |= {"naive": implementations.naive, **peers}
     return {name: x for name, x in everything.items() if not args.of or name in args.of}
 
@@ -88,7 +92,7 @@ def measure_speed(args: argparse.Namespace) -> None:
     if inputs[0].dtype != torch.float32:
         runs["products, fp32 logits"] = products(inputs, True)
     for name, function in contenders(args).items():
-        runs[name] = lambda function=function: forward_and_backward(function, inputs)
+        runs[name] = partial(forward_and_backward, function, inputs)
     clock = time.perf_counter if args.wall else time.process_time
     seconds = {name: [] for name in runs}
     for number in range(args.rounds + 1):  # the first one warms up, and compiles
@@ -125,7 +129,7 @@ def resident_mb(field: str) -> float:
 
 def peak_memory(args: argparse.Namespace, name: str, queue: multiprocessing.Queue) -> None:
     torch.set_num_threads(args.threads)
-    function = contenders(argparse.Namespace(of=[name]))[name]
+    function = contenders(args)[name]
     small = make_inputs(args, 64, 640)
     inputs = make_inputs(args, args.tokens, args.vocab)
     for _ in range(2):
@@ -196,6 +200,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--wall", action="store_true", help="wall clock, for more threads than one on a quiet machine")
+    parser.add_argument("--chunk-sizes", type=int, nargs="*", default=[], help="of kdkit, besides its default")
     parser.add_argument("--only", choices=["speed", "memory", "precision"], nargs="*")
     parser.add_argument("--of", nargs="*", help="names of the losses to measure; all by default")
     args = parser.parse_args()

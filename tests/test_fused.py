@@ -182,6 +182,13 @@ def test_masked_tokens_are_not_read():
     assert_same(run(fused_kd_loss, h, w, th, tw, labels, alpha=0.3, temperature=2.0), expected, atol=0)
 
 
+def test_only_the_mark_masks():
+    """Every id may be a label, that of the padding too: with pad == eos the model has to learn it."""
+    h, w, th, tw, _ = problem()
+    labels = torch.arange(15).reshape(3, 5)
+    assert_same(*(run(f, h, w, th, tw, labels, alpha=0.3, temperature=2.0) for f in (fused_kd_loss, dense)))
+
+
 def test_alpha_one_does_not_read_the_teacher():
     h, w, th, tw, labels = problem(teacher_vocab=37)
     expected = run(dense, h, w, th, tw, labels, alpha=1.0, temperature=2.0)
