@@ -105,7 +105,7 @@ def measure_speed(args: argparse.Namespace) -> None:
     print(file=sys.stderr)
 
     def ratio(above: str, below: str) -> str:
-        if below not in seconds:
+        if not {above, below} <= seconds.keys():
             return ""
         ratios = [x / y for x, y in zip(seconds[above][1:], seconds[below][1:], strict=True)]
         return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
