@@ -85,6 +85,8 @@ class DistillConfig:
     """Weight of the teacher in the mixture of the jsd divergence, in (0, 1)."""
     skew: float = 0.1
     """The skew of skew_kl and skew_reverse_kl, in [0, 1)."""
+    fused_loss: bool = True
+    """Compute the loss without ever holding all the logits; false is the plain reference, which holds them."""
 
     seed: int = 0
     """Decides the student's random start, the order of the rows and dropout."""

@@ -28,6 +28,7 @@ from .config import DistillConfig, UsageError, load_config
 from .data import Steps, count_tokens, load_rows
 from .devices import clip_gradients, leave_processes, place_teacher, start_accelerator
 from .evaluate import evaluate
+from .fused import fused_kd_loss
 from .losses import IGNORE_INDEX, dense_kd_loss
 from .models import BodyAndHead, check_pair, count_parameters, load_student, load_teacher, load_tokenizer
 from .tracking import Tracker
@@ -53,7 +54,7 @@ def learning_rate(step: int, num_steps: int, config: DistillConfig) -> float:
 def make_loss(config: DistillConfig, vocab_size: int):
     """The loss of a run: a function of (student_hidden, student_head, teacher_hidden, teacher_head, labels)."""
     return partial(
-        dense_kd_loss,
+        fused_kd_loss if config.fused_loss else dense_kd_loss,
         alpha=config.alpha,
         temperature=config.temperature,
         divergence=config.divergence,

@@ -51,7 +51,19 @@ def test_micro_batches_change_nothing(small, tmp_path, alpha, divergence):
                 assert event[key] == pytest.approx(reference[key], rel=tolerance), key
 
 
-def test_the_rows_of_that_test_are_ragged(small):
+@pytest.mark.parametrize("alpha, divergence", [(0.0, "forward_kl"), (0.3, "skew_reverse_kl"), (1.0, "jsd")])
+def test_the_fused_loss_trains_as_the_dense_one_does(small, tmp_path, alpha, divergence):
+    fields = dict(alpha=alpha, divergence=divergence, temperature=2.0, gradient_accumulation_steps=2, max_steps=3)
+    fused, dense = (
+        training(train(small(**fields, fused_loss=is_fused, output_dir=str(tmp_path / f"run{is_fused}"))))
+        for is_fused in (True, False)
+    )
+    for step, (event, reference) in enumerate(zip(fused, dense, strict=True)):
+        for key in ("train/ce_loss", "train/kl_loss", "train/loss", "train/grad_norm"):
+            assert event[key] == pytest.approx(reference[key], rel=2e-6 if step == 0 else 2e-5), key
+
+
+def test_the_rows_of_those_tests_are_ragged(small):
     config = small(packing=False)
     rows, _ = load_rows(config, load_tokenizer(config))
     steps = Steps(rows, config, 2)
