@@ -4,10 +4,19 @@ The colours are Okabe and Ito's, which readers with any colour vision tell apart
 nothing is lost in grey.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+HATCHES = ("", "///", "...", "xxx")
 TEACHER = "#444444"
 
 
@@ -61,4 +70,202 @@ def training_curves(history: list[dict]) -> Figure:
         axis.plot(steps, losses, color=COLOURS[index], label=label, **style)
     axis.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axis.legend(frameon=False)
+    return figure
+
+
+# --- the figures of the notebooks ----------------------------------------------------------------------------
+
+
+def curves(
+    x: Sequence[float],
+    lines: dict[str, Sequence],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    log_x: bool = False,
+    log_y: bool = False,
+    levels: dict[str, float] | None = None,
+    marks: dict[str, float] | None = None,
+    filled: str | None = None,
+) -> Figure:
+    """Lines over a common x.
+
+    Args:
+        x: (n,).
+        lines: name -> (n,), or (n, seeds): then each seed is a point, and the line goes through the means.
+        levels: name -> y of a horizontal line.
+        marks: name -> x of a vertical line.
+        filled: the line that is drawn as a grey area, as the thing that the others are compared with.
+    """
+    figure, (axis,) = _figure(1, width=6.4)
+    drawn = 0
+    for name, values in lines.items():
+        values = np.asarray(values, dtype=float)
+        if name == filled:
+            axis.fill_between(x, values, color="#999999", alpha=0.5, linewidth=0, label=name)
+            continue
+        colour, style, marker = COLOURS[drawn % 6], STYLES[drawn % 4], MARKERS[drawn % 6]
+        drawn += 1
+        if values.ndim == 2:
+            for seed in values.T:
+                axis.plot(x, seed, linestyle="", marker=marker, markersize=4, color=colour, alpha=0.5)
+            values = values.mean(1)
+        axis.plot(x, values, color=colour, linestyle=style, linewidth=1.8, label=name)
+    for index, (name, level) in enumerate((levels or {}).items()):
+        axis.axhline(level, color=TEACHER, linewidth=1, linestyle=STYLES[-1 - index % 2], label=name)
+    for name, position in (marks or {}).items():
+        axis.axvline(position, color=TEACHER, linewidth=1, linestyle=":")
+        axis.annotate(name, (position, 0.98), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
+                      va="top", fontsize=8, color=TEACHER)  # fmt: skip
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if log_x:
+        axis.set_xscale("log")
+    if log_y:
+        axis.set_yscale("log")
+    elif min(np.min(values) for values in lines.values()) >= 0 and not levels:
+        axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def token_strips(tokens: Sequence[str], values: dict[str, Sequence[float]], unit: str, columns: int = 64) -> Figure:
+    """A text with each token on a colour: one strip for each kind of value, all on one scale, dark where it is low.
+
+    Args:
+        tokens: the n tokens as text.
+        values: what is shown -> (n,).
+        unit: of the values, for the colour bar.
+        columns: characters in a line.
+    """
+    cells, column, line = [], 0, 0  # (token, column, line)
+    for token in tokens:
+        text = token.replace(" ", "·").replace("\n", "↵") or "?"
+        if column + len(text) + 1 > columns:
+            column, line = 0, line + 1
+        cells.append((text, column, line))
+        column += len(text) + 1
+    figure = Figure(figsize=(9.6, (0.5 + 0.27 * (line + 1)) * len(values) + 0.1), dpi=150, layout="constrained")
+    axes = figure.subplots(len(values), 1, squeeze=False)[:, 0]
+    colours = colormaps["cividis"]
+    top = max(max(each) for each in values.values()) or 1.0
+    for axis, (name, each) in zip(axes, values.items(), strict=True):
+        for (text, column, line), value in zip(cells, each, strict=True):
+            shade = colours(value / top)
+            axis.add_patch(
+                Rectangle((column, line), len(text) + 1, 0.9, facecolor=shade, edgecolor="white", linewidth=0.7)
+            )
+            ink = "black" if 0.3 * shade[0] + 0.59 * shade[1] + 0.11 * shade[2] > 0.5 else "white"
+            axis.text(column + (len(text) + 1) / 2, line + 0.47, text, ha="center", va="center", color=ink,
+                      fontsize=8, family="monospace")  # fmt: skip
+        axis.set(xlim=(0, columns), ylim=(cells[-1][2] + 1, 0))
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.axis("off")
+    scale = figure.colorbar(ScalarMappable(Normalize(0, top), colours), ax=list(axes), pad=0.01, aspect=18)
+    scale.set_label(unit)
+    return figure
+
+
+def token_bars(tokens: Sequence[str], groups: dict[str, Sequence[float]], title: str = "") -> Figure:
+    """Probabilities of a few tokens, side by side for a few distributions.
+
+    Args:
+        tokens: the k tokens as text, the likeliest first.
+        groups: name of a distribution -> (k,).
+    """
+    figure, (axis,) = _figure(1, width=6.4, height=1.2 + 0.16 * len(tokens) * (len(groups) + 0.6))
+    height = 0.8 / len(groups)
+    for index, (name, values) in enumerate(groups.items()):
+        places = [position + (index - (len(groups) - 1) / 2) * height for position in range(len(tokens))]
+        bars = axis.barh(places, values, height, color=COLOURS[index % 6], hatch=HATCHES[index % 4], edgecolor="white",
+                         label=name)  # fmt: skip
+        axis.bar_label(bars, labels=[f"{value:.1%}" if value else "" for value in values], padding=3, fontsize=7)
+    axis.set_yticks(range(len(tokens)), [repr(token) for token in tokens], family="monospace", fontsize=8)
+    axis.set(xlabel="probability of the next token", title=title,
+             xlim=(0, 1.13 * max(max(values) for values in groups.values())))  # fmt: skip
+    axis.invert_yaxis()
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def reliability(groups: dict[str, tuple[Sequence[float], Sequence[float], Sequence[int]]], title: str = "") -> Figure:
+    """Does a model that says 70 % come true in 70 % of the cases? On the diagonal it does; below, it promises too much.
+
+    Args:
+        groups: name -> (mean confidence, share that came true, number of tokens), each (bins,).
+    """
+    figure, (left, right) = _figure(2, width=4.8)
+    left.plot([0, 1], [0, 1], color=TEACHER, linewidth=1, linestyle=":", label="calibrated")
+    for index, (name, (confidence, accuracy, counts)) in enumerate(groups.items()):
+        style = {"color": COLOURS[index % 6], "linestyle": STYLES[index % 4], "marker": MARKERS[index % 6]}
+        left.plot(confidence, accuracy, label=name, markersize=5, **style)
+        right.plot(confidence, np.asarray(counts) / sum(counts), label=name, markersize=5, **style)
+    left.set(xlabel="confidence: probability of the likeliest token", ylabel="share in which it was the next token",
+             title=title, xlim=(0, 1), ylim=(0, 1))  # fmt: skip
+    right.set(xlabel="confidence", ylabel="share of all tokens", title="How often it is that sure", xlim=(0, 1))
+    right.set_ylim(bottom=0)
+    left.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def points(panels: dict[str, dict[str, Sequence[float]]], levels: dict[str, float] | None = None) -> Figure:
+    """Every single value as a point, and the mean as a bar: one panel for each quantity, one column for each group.
+
+    Args:
+        panels: quantity with its unit -> group -> values, of a seed each, say.
+        levels: quantity -> a level to compare with, the teacher's.
+    """
+    figure, axes = _figure(len(panels), width=2.9, height=3.2)
+    for axis, (quantity, groups) in zip(axes, panels.items(), strict=True):
+        for index, values in enumerate(groups.values()):
+            spread = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [0.0]
+            axis.plot(index + np.asarray(spread), values, linestyle="", marker=MARKERS[index % 6], alpha=0.8,
+                      color=COLOURS[index % 6])  # fmt: skip
+            axis.hlines(np.mean(values), index - 0.28, index + 0.28, color="black", linewidth=1.5)
+        if quantity in (levels or {}):
+            axis.axhline(levels[quantity], color=TEACHER, linestyle=":", linewidth=1.2)
+            axis.annotate("teacher", (0.99, levels[quantity]), (0, 3), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", ha="right", fontsize=8, color=TEACHER)  # fmt: skip
+        axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
+        axis.set(ylabel=quantity, xlim=(-0.6, len(groups) - 0.4))
+    return figure
+
+
+def heat_maps(maps: dict[str, Sequence], rows: Sequence, columns: Sequence, row_name: str, column_name: str) -> Figure:
+    """Numbers over two settings, each written into its cell; light is better where the title says "higher", and
+    where it says "lower" the scale is turned, so that light is always better.
+
+    Args:
+        maps: title -> (rows, columns).
+    """
+    figure, axes = _figure(len(maps), width=3.8, height=3.4)
+    for axis, (title, values) in zip(axes, maps.items(), strict=True):
+        values = np.asarray(values, dtype=float)
+        image = axis.imshow(values, cmap="cividis_r" if "lower" in title else "cividis", aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            shade = image.cmap(image.norm(value))
+            ink = "black" if 0.3 * shade[0] + 0.59 * shade[1] + 0.11 * shade[2] > 0.5 else "white"
+            axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=9)
+        axis.set_xticks(range(len(columns)), columns)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.grid(False)
+        axis.set(xlabel=column_name, ylabel=row_name)
+        axis.set_title(title, fontsize=10)
+    return figure
+
+
+def predicted_and_counted(groups: dict[str, tuple[float, float, float]], quantity: str) -> Figure:
+    """A prediction against a count, with two standard errors; on the diagonal the prediction holds.
+
+    Args:
+        groups: name -> (predicted, counted, standard error of the count), shares.
+        quantity: what is predicted.
+    """
+    figure, (axis,) = _figure(1, width=4.6, height=4.0)
+    axis.plot([0, 1], [0, 1], color=TEACHER, linewidth=1, linestyle=":", label="as predicted")
+    for index, (name, (predicted, counted, error)) in enumerate(groups.items()):
+        axis.errorbar(predicted, counted, yerr=2 * error, color=COLOURS[index % 6], marker=MARKERS[index % 6],
+                      linestyle="", capsize=3, label=name)  # fmt: skip
+    axis.set(xlabel=f"{quantity}, predicted", ylabel=f"{quantity}, counted", xlim=(0, 1.02), ylim=(0, 1.02))
+    axis.legend(frameon=False, fontsize=8)
     return figure
