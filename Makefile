@@ -17,7 +17,7 @@ installed = $(VENV)/.installed-$(1)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint export lab notebooks bench seeds teacher clean
+.PHONY: help demo test lint export lab notebooks outputs bench seeds teacher clean
 .SECONDARY:
 
 help:  ## these lines
@@ -50,6 +50,9 @@ lab: $(call installed,notebook)  ## open JupyterLab on the notebooks
 
 notebooks: $(call installed,dev) $(call installed,notebook)  ## run every notebook from top to bottom
 	$(RUN) -m pytest tests/test_notebooks.py
+
+outputs: $(call installed,dev) $(call installed,notebook)  ## run the notebooks and write their outputs, cleaned, into them
+	$(RUN) notebooks/run.py
 
 seeds: $(call installed,base)  ## the table of the README: three seeds, three amounts of text (half an hour)
 	$(RUN) benchmarks/seeds.py
