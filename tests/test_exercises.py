@@ -1,0 +1,94 @@
+"""The exercises of the notebooks: each is passed by its solution, which lives here, and by nothing less.
+
+A check is run as it stands in the notebook; the solution takes the place of the stub.
+"""
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+
+# (notebook, function) -> the solution, which the notebook shows folded, and a mistake that the check has to find
+SOLUTIONS = {
+    ("01_teacher_inspection", "best_temperature"): (
+        """
+def best_temperature(logits, labels, temperatures):
+    return min(temperatures, key=lambda T: torch.nn.functional.cross_entropy(logits / T, labels).item())
+""",
+        ("logits / T", "logits * T"),
+    ),
+    ("01_teacher_inspection", "tokens_needed"): (
+        """
+def tokens_needed(p, share):
+    held = p.sort(-1, descending=True).values.cumsum(-1)
+    return (held < share).sum(-1) + 1
+""",
+        (" + 1", ""),
+    ),
+    ("03_train", "step_loss"): (
+        """
+def step_loss(sums, counts):
+    return sum(sums) / sum(counts)
+""",
+        ("sum(sums) / sum(counts)", "sum(s / c for s, c in zip(sums, counts)) / len(sums)"),
+    ),
+}
+
+
+def is_import(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Import | ast.ImportFrom)
+
+
+def exercise(notebook: str, function: str) -> tuple[ast.Module, dict]:
+    """The cell with the stub of a function, and the names that the notebook has imported before it."""
+    names: dict = {}
+    for cell in nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            tree = ast.parse("\n".join(line for line in cell.source.splitlines() if not line.startswith("%")))
+            if any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree.body):
+                return tree, names
+            exec(compile(ast.Module([n for n in tree.body if is_import(n)], []), notebook, "exec"), names)
+    raise AssertionError(f"{notebook} has no exercise {function}")
+
+
+def verdict(notebook: str, function: str, capsys, solution: str | None = None) -> str:
+    """What the check prints, with the solution in the place of the stub."""
+    tree, names = exercise(notebook, function)
+    if solution is not None:
+        for position, node in enumerate(tree.body):
+            if isinstance(node, ast.FunctionDef) and node.name == function:
+                tree.body[position : position + 1] = ast.parse(solution).body
+    capsys.readouterr()
+    exec(compile(tree, notebook, "exec"), names)
+    return capsys.readouterr().out.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("notebook", "function"), SOLUTIONS)
+class TestExercise:
+    def test_its_solution_is_right(self, notebook, function, capsys):
+        solution, _ = SOLUTIONS[notebook, function]
+        assert verdict(notebook, function, capsys, solution) == "right"
+
+    def test_unsolved_it_is_not_attempted(self, notebook, function, capsys):
+        assert verdict(notebook, function, capsys) == "not attempted yet"
+
+    def test_a_mistake_is_found(self, notebook, function, capsys):
+        solution, (right, wrong) = SOLUTIONS[notebook, function]
+        assert right in solution
+        assert verdict(notebook, function, capsys, solution.replace(right, wrong)).startswith("not yet")
+
+    def test_the_notebook_shows_this_solution(self, notebook, function):
+        cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
+        assert any(SOLUTIONS[notebook, function][0].strip() in cell.source for cell in cells)
+
+
+def test_every_exercise_has_a_solution_here():
+    found = set()
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code" and "not attempted yet" in cell.source:
+                found |= {(path.stem, n.name) for n in ast.parse(cell.source).body if isinstance(n, ast.FunctionDef)}
+    assert found == set(SOLUTIONS)
