@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-STYLES = ("-", "--", "-.", ":")
+STYLES = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)), (0, (3, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
 HATCHES = ("", "///", "...", "xxx")
 TEACHER = "#444444"
@@ -99,21 +99,22 @@ def curves(
         filled: the line that is drawn as a grey area, as the thing that the others are compared with.
     """
     figure, (axis,) = _figure(1, width=6.4)
+    lines = {name: np.asarray(values, dtype=float) for name, values in lines.items()}
     drawn = 0
     for name, values in lines.items():
-        values = np.asarray(values, dtype=float)
         if name == filled:
             axis.fill_between(x, values, color="#999999", alpha=0.5, linewidth=0, label=name)
             continue
-        colour, style, marker = COLOURS[drawn % 6], STYLES[drawn % 4], MARKERS[drawn % 6]
+        colour, style, marker = COLOURS[drawn % 6], STYLES[drawn % 6], MARKERS[drawn % 6]
         drawn += 1
         if values.ndim == 2:
             for seed in values.T:
                 axis.plot(x, seed, linestyle="", marker=marker, markersize=4, color=colour, alpha=0.5)
             values = values.mean(1)
-        axis.plot(x, values, color=colour, linestyle=style, linewidth=1.8, label=name)
+        dots = {"marker": marker, "markersize": 5, "clip_on": False} if len(values) <= 12 else {}
+        axis.plot(x, values, color=colour, linestyle=style, linewidth=1.8, label=name, **dots)
     for index, (name, level) in enumerate((levels or {}).items()):
-        axis.axhline(level, color=TEACHER, linewidth=1, linestyle=STYLES[-1 - index % 2], label=name)
+        axis.axhline(level, color=TEACHER, linewidth=1, linestyle=(":", "-.")[index % 2], label=name)
     for name, position in (marks or {}).items():
         axis.axvline(position, color=TEACHER, linewidth=1, linestyle=":")
         axis.annotate(name, (position, 0.98), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
@@ -123,7 +124,7 @@ def curves(
         axis.set_xscale("log")
     if log_y:
         axis.set_yscale("log")
-    elif min(np.min(values) for values in lines.values()) >= 0 and not levels:
+    elif not levels and all(values.min() >= 0 for values in lines.values()):
         axis.set_ylim(bottom=0)
     axis.legend(frameon=False, fontsize=8)
     return figure
@@ -184,22 +185,27 @@ def token_bars(tokens: Sequence[str], groups: dict[str, Sequence[float]], title:
     axis.set(xlabel="probability of the next token", title=title,
              xlim=(0, 1.13 * max(max(values) for values in groups.values())))  # fmt: skip
     axis.invert_yaxis()
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=len(groups))
     return figure
 
 
-def reliability(groups: dict[str, tuple[Sequence[float], Sequence[float], Sequence[int]]], title: str = "") -> Figure:
+def reliability(groups: dict[str, tuple[Sequence[float], Sequence[bool]]], title: str = "", bins: int = 10) -> Figure:
     """Does a model that says 70 % come true in 70 % of the cases? On the diagonal it does; below, it promises too much.
 
     Args:
-        groups: name -> (mean confidence, share that came true, number of tokens), each (bins,).
+        groups: name -> (confidence, whether it came true), each (N,), one for a token. Bins without a token are left
+            out.
     """
     figure, (left, right) = _figure(2, width=4.8)
     left.plot([0, 1], [0, 1], color=TEACHER, linewidth=1, linestyle=":", label="calibrated")
-    for index, (name, (confidence, accuracy, counts)) in enumerate(groups.items()):
-        style = {"color": COLOURS[index % 6], "linestyle": STYLES[index % 4], "marker": MARKERS[index % 6]}
-        left.plot(confidence, accuracy, label=name, markersize=5, **style)
-        right.plot(confidence, np.asarray(counts) / sum(counts), label=name, markersize=5, **style)
+    for index, (name, (confidence, came_true)) in enumerate(groups.items()):
+        confidence, came_true = np.asarray(confidence, dtype=float), np.asarray(came_true, dtype=float)
+        bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+        cells = [bin_of == b for b in range(bins) if (bin_of == b).any()]
+        means = [confidence[cell].mean() for cell in cells]
+        style = {"color": COLOURS[index % 6], "linestyle": STYLES[index % 6], "marker": MARKERS[index % 6]}
+        left.plot(means, [came_true[cell].mean() for cell in cells], label=name, markersize=5, **style)
+        right.plot(means, [cell.mean() for cell in cells], label=name, markersize=5, **style)
     left.set(xlabel="confidence: probability of the likeliest token", ylabel="share in which it was the next token",
              title=title, xlim=(0, 1), ylim=(0, 1))  # fmt: skip
     right.set(xlabel="confidence", ylabel="share of all tokens", title="How often it is that sure", xlim=(0, 1))

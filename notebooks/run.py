@@ -20,6 +20,17 @@ FOLDER = Path(__file__).resolve().parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
+def clean_outputs(outputs):
+    """The outputs of a cell as they are committed; what was printed in pieces is joined."""
+    kept = []
+    for output in filter(None, map(clean_output, outputs)):
+        if kept and output.output_type == kept[-1].output_type == "stream":
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
 def clean_output(output):
     """An output as it is committed, or None."""
     if output.get("name") == "stderr" or WIDGET in output.get("data", {}):
@@ -39,12 +50,12 @@ def run(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     since = time.time()
     resources = {"metadata": {"path": FOLDER}}
-    NotebookClient(notebook, timeout=600, resources=resources, store_widget_state=False).execute()
+    NotebookClient(notebook, timeout=600, resources=resources).execute()
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
             cell.execution_count = None
-            cell.outputs = [kept for output in cell.outputs if (kept := clean_output(output))]
+            cell.outputs = clean_outputs(cell.outputs)
     notebook.metadata = {"kernelspec": notebook.metadata.kernelspec, "language_info": {"name": "python"}}
     written = nbformat.writes(notebook)
     for private in (str(FOLDER.parent), str(Path.home()) + "/", "/tmp/"):

@@ -28,6 +28,22 @@ def tokens_needed(p, share):
 """,
         (" + 1", ""),
     ),
+    ("02_loss_math", "reverse_kl_gradient"): (
+        """
+def reverse_kl_gradient(z, v):
+    log_q, log_p = z.log_softmax(-1), v.log_softmax(-1)
+    q = log_q.exp()
+    return q * (log_q - log_p - (q * (log_q - log_p)).sum())
+""",
+        (" - (q * (log_q - log_p)).sum()", ""),
+    ),
+    ("02_loss_math", "translate_alpha"): (
+        """
+def translate_alpha(a, T):
+    return a * T**2 / (a * T**2 + 1 - a)
+""",
+        ("T**2", "T"),
+    ),
     ("03_train", "step_loss"): (
         """
 def step_loss(sums, counts):
