@@ -122,11 +122,17 @@ def curves(
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if log_x:
         axis.set_xscale("log")
+    if len(x) <= 12:  # few places: each has its tick
+        axis.set_xticks(x, [f"{float(place):,g}" for place in x])
+        axis.minorticks_off()
     if log_y:
         axis.set_yscale("log")
     elif not levels and all(values.min() >= 0 for values in lines.values()):
         axis.set_ylim(bottom=0)
-    axis.legend(frameon=False, fontsize=8)
+    if levels:  # "best" does not see horizontal lines
+        figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+    else:
+        axis.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -233,7 +239,9 @@ def points(panels: dict[str, dict[str, Sequence[float]]], levels: dict[str, floa
             axis.annotate("teacher", (0.99, levels[quantity]), (0, 3), xycoords=("axes fraction", "data"),
                           textcoords="offset points", ha="right", fontsize=8, color=TEACHER)  # fmt: skip
         axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
-        axis.set(ylabel=quantity, xlim=(-0.6, len(groups) - 0.4))
+        axis.set(xlim=(-0.6, len(groups) - 0.4))
+        axis.set_ylabel(quantity, fontsize=9)
+        axis.tick_params(axis="y", labelsize=8)
     return figure
 
 
