@@ -51,6 +51,22 @@ def step_loss(sums, counts):
 """,
         ("sum(sums) / sum(counts)", "sum(s / c for s, c in zip(sums, counts)) / len(sums)"),
     ),
+    ("05_evaluate", "gain"): (
+        """
+def gain(ce_only, distilled):
+    differences = torch.tensor(ce_only) - torch.tensor(distilled)
+    return differences.mean().item(), (differences.std() / len(differences) ** 0.5).item()
+""",
+        ("differences.std()", "differences.std(unbiased=False)"),
+    ),
+    ("05_evaluate", "speedup"): (
+        """
+def speedup(a, gamma, cost):
+    tokens = (1 - a ** (gamma + 1)) / (1 - a)
+    return tokens / (gamma * cost + 1)
+""",
+        ("gamma * cost + 1", "gamma * cost"),
+    ),
 }
 
 
