@@ -34,8 +34,8 @@ demo: $(call installed,base)  ## distil the embedded teacher, beside a twin with
 	$(RUN) -m kdkit.train --config recipes/demo.yaml
 	$(RUN) -m kdkit.evaluate runs/demo_ce runs/demo
 
-test: $(call installed,dev)  ## the whole suite
-	$(RUN) -m pytest
+test: $(call installed,dev)  ## the whole suite, on two cores
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 lint: $(call installed,dev)  ## ruff, and whether kdkit/train.py is in step with its notebook
 	$(RUN) -m ruff check .
@@ -45,14 +45,18 @@ lint: $(call installed,dev)  ## ruff, and whether kdkit/train.py is in step with
 export: $(call installed,dev)  ## write kdkit/train.py from notebooks/03_train.ipynb
 	$(RUN) -c "from nbdev.export import nb_export; nb_export('notebooks/03_train.ipynb', lib_path='kdkit')"
 
-lab: $(call installed,notebook)  ## open JupyterLab on the notebooks
-	$(RUN) -m jupyterlab notebooks
+lab: $(call installed,notebook)  ## open JupyterLab on the first notebook
+	$(RUN) -m jupyterlab notebooks/01_teacher_inspection.ipynb
 
 notebooks: $(call installed,dev) $(call installed,notebook)  ## run every notebook from top to bottom
 	$(RUN) -m pytest tests/test_notebooks.py
 
 outputs: $(call installed,dev) $(call installed,notebook)  ## run the notebooks and write their outputs, cleaned, into them
 	$(RUN) notebooks/run.py
+
+bench: $(call installed,peers)  ## the loss against the floor and its peers; what the peers get right (half an hour)
+	$(RUN) benchmarks/loss.py
+	$(RUN) benchmarks/conformance.py
 
 seeds: $(call installed,base)  ## the table of the README: three seeds, three amounts of text (half an hour)
 	$(RUN) benchmarks/seeds.py
