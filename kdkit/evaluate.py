@@ -172,9 +172,8 @@ def compare(run_dirs: list[str], prompt: str | None = None, max_new_tokens: int 
 
     models = {"teacher": (teacher, first)}
     for run, config in configs.items():
-        kind = "CE only" if config.alpha == 1 else "distilled"
         student = AutoModelForCausalLM.from_pretrained(Path(run) / "final", dtype=torch.float32).eval()
-        models[f"student, {kind}: {run}"] = (student, config)
+        models[f"student, {_kind(config)}: {run}"] = (student, config)
     lines, samples = [["", "parameters", *COLUMNS]], [f"Each goes on from {prompt!r}:"]
     for name, (model, config) in models.items():
         metrics = evaluate(model, teacher, rows, config, pad_token_id=tokenizer.pad_token_id)
@@ -190,6 +189,10 @@ def compare(run_dirs: list[str], prompt: str | None = None, max_new_tokens: int 
         for line in lines
     ]
     return "\n".join([*table, "", *samples])
+
+
+def _kind(config: DistillConfig) -> str:
+    return "CE only" if config.alpha == 1 else "distilled"
 
 
 def _finished_run(run: str) -> DistillConfig:
@@ -220,9 +223,11 @@ def main(argv: list[str] | None = None) -> None:
         print(compare(arguments.runs, arguments.prompt))
     except UsageError as error:
         raise SystemExit(f"kdkit: {error}") from None
-    plots.evaluation_curves({run: read_metrics(Path(run) / "metrics.jsonl") for run in arguments.runs}).savefig(figure)
-    print(f"\nThe curves of both: {figure}")
-    print("A student to load with AutoModelForCausalLM.from_pretrained: " + str(Path(arguments.runs[-1]) / "final"))
+    names = [f"{_kind(read_config(Path(run) / 'config.yaml'))}: {run}" for run in arguments.runs]
+    histories = [read_metrics(Path(run) / "metrics.jsonl") for run in arguments.runs]
+    plots.evaluation_curves(dict(zip(names, histories, strict=True))).savefig(figure)
+    print(f"\nThe curves: {figure}")
+    print(f"A folder for AutoModelForCausalLM.from_pretrained: {Path(arguments.runs[-1]) / 'final'}")
 
 
 if __name__ == "__main__":

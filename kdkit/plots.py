@@ -47,7 +47,7 @@ def evaluation_curves(histories: dict[str, list[dict]]) -> Figure:
     left.set(xlabel="optimizer step", ylabel="cross-entropy (nats per token)", title="Held-out text")
     right.set(
         xlabel="optimizer step",
-        ylabel="KL(teacher || student), T = 1 (nats per token)",
+        ylabel="KL(teacher || student) (nats per token)",
         title="Distance to the teacher",
     )
     right.set_ylim(bottom=0)
