@@ -7,6 +7,7 @@ How a run is spread over devices is not in here: that is accelerate's YAML.
 
 import dataclasses
 import difflib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,9 @@ class DistillConfig:
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML, every field of it."""
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+        aside = path.with_suffix(".yaml.new")  # whole or not at all
+        aside.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+        os.replace(aside, path)
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}

@@ -6,10 +6,12 @@ processes (so that sharding can be taught and tested on a laptop), and shards th
 
 import gc
 import os
+import warnings
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -149,10 +151,27 @@ def _choose(teacher: torch.nn.Module, accelerator: Accelerator) -> tuple[str, st
 
 
 def _shard(module: BodyAndHead, accelerator: Accelerator, offload: bool) -> None:
-    """FSDP2 over all ranks: each decoder layer a unit, and the rest (embedding, norm, head) the root's."""
-    pin = accelerator.device.type == "cuda"
-    policy = CPUOffloadPolicy(pin_memory=pin) if offload else OffloadPolicy()
+    """FSDP2 over all ranks: each decoder layer a unit, and the rest (embedding, norm, head) the root's.
+
+    With accelerate's fsdp_cpu_ram_efficient_loading the weights are rank 0's, which hands out the parts: transformers
+    may have left those of the others empty.
+    """
+    from_rank_0 = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
+    weights = module.state_dict() if from_rank_0 and accelerator.is_main_process else {}
+    if from_rank_0:
+        for part in module.modules():  # parameters alone: buffers that are in no file are right on every rank
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+        module.tie_weights()
+    policy = CPUOffloadPolicy(pin_memory=accelerator.device.type == "cuda") if offload else OffloadPolicy()
     layers = set(module._no_split_modules or [])
     for layer in [child for child in module.modules() if type(child).__name__ in layers]:
         fully_shard(layer, offload_policy=policy)
     fully_shard(module, offload_policy=policy)
+    if from_rank_0:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")
+            set_model_state_dict(module, weights, options=options)
+        module.tie_weights()

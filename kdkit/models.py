@@ -30,6 +30,10 @@ class BodyAndHead(nn.Module):
         self.model = model
         self._no_split_modules = model._no_split_modules  # FSDP's units: the decoder layers
 
+    def tie_weights(self) -> None:
+        """Make one of an embedding and a head that share their weights; FSDP asks for it when it has replaced them."""
+        self.model.tie_weights()
+
     def forward(self, batch: dict[str, torch.Tensor], use: Callable, *arguments):
         """use(hidden (B, S, H), head (V, H), *arguments) on a batch of `input_ids` and `position_ids`, both (B, S)."""
         # no attention mask: transformers makes the one that keeps packed documents apart from the positions
@@ -186,7 +190,8 @@ def check_pair(config: DistillConfig, teacher: nn.Module, student: nn.Module, to
                 f"the {role}'s head has {rows[role]} rows for a tokenizer of {entries} entries: "
                 f"call resize_token_embeddings({entries}) on it, or use a {role} made for this tokenizer"
             )
-        _check_plain_head(model, role)
+        if not any(parameter.is_meta for parameter in model.parameters()):  # else rank 0 has them, and looks
+            _check_plain_head(model, role)
     vocab_size = min(rows.values())
     report = [f"tokenizer: {entries:,} entries, the same for both"]
     if rows["teacher"] != rows["student"]:

@@ -248,6 +248,17 @@ def test_what_fsdp_exports_is_what_was_trained(small, tmp_path, tied, dtype):
         assert torch.equal(torch.cat(shards).to(value.dtype), value), name
 
 
+def test_activation_checkpointing_changes_memory_alone(runs, tmp_path):
+    whole = finished(runs, "fsdp", 1)
+    config = type(whole)(**{**vars(whole), "output_dir": str(tmp_path / "run")})
+    program = command("fsdp", "-m", "kdkit.train", *arguments(config))
+    place = program.index("--mixed_precision")
+    program[place:place] = ["--fsdp_activation_checkpointing", "true"]
+    run = subprocess.run(program, capture_output=True, text=True, timeout=LIMIT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert_same_run(config, whole, 2e-5)
+
+
 # --- what goes wrong
 
 
