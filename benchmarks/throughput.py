@@ -12,6 +12,7 @@ they do the same is checked: the loss of each step is printed for each.
 - kdkit is `kdkit.train.train` itself, on rows with a prompt in place of those of a text file.
 - TRL's is `trl.experimental.gkd.GKDTrainer` with lmbda = 0 (no text of the student's own) and beta = 0 (forward KL).
 - The plain loop holds both models' logits and calls F.kl_div.
+- The models alone are both without their heads, and a backward pass: the floor of all three. No optimizer's step.
 
 Each run is a process of its own; a round is one run of each, one after the other. A step is timed from the end of the
 step before, in process time, which a busy machine disturbs least; the first step, which fills the optimizer's state,
@@ -58,7 +59,9 @@ def make_models(folder: Path, args: argparse.Namespace) -> None:
     """Two model folders with random weights, and a tokenizer of as many words."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(args.vocab)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w0")
     torch.manual_seed(0)
@@ -286,7 +289,32 @@ def run_plain(folder: Path, args: argparse.Namespace) -> dict:
     return meter.result()
 
 
-RUNS = {"kdkit": run_kdkit, "TRL GKD": run_trl, "plain loop": run_plain}
+def run_models(folder: Path, args: argparse.Namespace) -> dict:
+    """The floor: both models without their heads, and a backward pass from a gradient that is there already."""
+    config, meter = make_config(folder, args), Meter()
+    teacher = load_teacher(config.teacher_model, torch.bfloat16)
+    student = load_student(config, teacher)
+    optimizer = kdkit_train.make_optimizer(student, config)
+    teacher, student = BodyAndHead(teacher), BodyAndHead(student)
+    ids = torch.tensor(make_rows(args))
+    batch = {"input_ids": ids, "position_ids": torch.arange(args.length).expand_as(ids)}
+    gradient = torch.randn(*ids.shape, SHAPES["student"]["hidden_size"]) / ids.numel()
+    for step in range(config.max_steps):
+        meter.start()
+        with torch.no_grad():
+            teacher(batch, lambda hidden, _: hidden)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = student(batch, lambda hidden, _: hidden)
+        hidden.backward(gradient.to(hidden.dtype))
+        del hidden
+        if step == 0:
+            optimizer.step()  # for its state: it is not part of what is timed from here on
+        optimizer.zero_grad()
+        meter.end_of_step()
+    return meter.result()
+
+
+RUNS = {"kdkit": run_kdkit, "TRL GKD": run_trl, "plain loop": run_plain, "models alone": run_models}
 
 
 # --- rounds and tables ---------------------------------------------------------------------------------------
@@ -332,7 +360,8 @@ def report(results: dict[str, list[dict]], args: argparse.Namespace) -> None:
         print("|", " | ".join([name, *cells, spread(shares)]), "|")
     print("\nLoss of each step, nats per token:")
     for name, runs in results.items():
-        print(f"  {name:12s}", "  ".join(f"{loss:.5f}" for loss in runs[0]["losses"]))
+        if runs[0]["losses"]:
+            print(f"  {name:12s}", "  ".join(f"{loss:.5f}" for loss in runs[0]["losses"]))
 
     print("\nWhere the process time of kdkit's steps goes:\n\n| | share |\n|---|---|")
     shares = []
@@ -345,6 +374,10 @@ def report(results: dict[str, list[dict]], args: argparse.Namespace) -> None:
         print(f"| {name} | {spread([share[name] for share in shares], '{:.1f}%')} |")
     loop = [100 - share["models"] - share["loss"] for share in shares]
     print(f"| all but models and loss | {spread(loop, '{:.1f}%')} |")
+    if "models alone" in results:
+        runs = zip(results["kdkit"], results["models alone"], strict=True)
+        apart = [100 - 100 * (sum(x["seconds"]) + k["parts"]["loss"]) / sum(k["seconds"]) for k, x in runs]
+        print(f"| the same, from the models alone in a process of their own | {spread(apart, '{:.1f}%')} |")
 
 
 def main() -> None:
