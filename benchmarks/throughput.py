@@ -261,6 +261,16 @@ def run_trl(folder: Path, args: argparse.Namespace) -> dict:
     return meter.result()
 
 
+def plain_loss(teacher, student, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            target = teacher(ids, use_cache=False).logits[:, :-1].float()  # in bf16 the KL would be off by 2%
+        logits = student(ids, use_cache=False).logits[:, :-1].float()
+    log_q, log_p = F.log_softmax(logits, -1), F.log_softmax(target, -1)
+    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    return kl[labels != IGNORE_INDEX].mean()
+
+
 def run_plain(folder: Path, args: argparse.Namespace) -> dict:
     """What is written first."""
     config, meter = make_config(folder, args), Meter()
@@ -271,13 +281,7 @@ def run_plain(folder: Path, args: argparse.Namespace) -> dict:
     labels = torch.tensor([labels_of(row, args) for row in ids.tolist()])[:, 1:]
     meter.start()
     for step in range(config.max_steps):
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                target = teacher(ids, use_cache=False).logits[:, :-1].float()  # in bf16 the KL would be off by 2%
-            logits = student(ids, use_cache=False).logits[:, :-1].float()
-        log_q, log_p = F.log_softmax(logits, -1), F.log_softmax(target, -1)
-        kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-        loss = kl[labels != IGNORE_INDEX].mean()
+        loss = plain_loss(teacher, student, ids, labels)  # a function, so that no logits outlive it
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
         for group in optimizer.param_groups:
