@@ -171,7 +171,7 @@ PROBE = """
     import torch, torch.distributed as dist
     from torch.distributed.tensor import DTensor
     from kdkit import DistillConfig
-    from kdkit.devices import place_teacher, start_accelerator
+    from kdkit.devices import leave_processes, place_teacher, start_accelerator
     from kdkit.models import BodyAndHead, count_parameters, load_student, load_teacher
     from kdkit.train import make_optimizer
 
@@ -203,7 +203,7 @@ PROBE = """
     mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert mine == {id(p) for p in student.parameters()}
     print(f"rank {accelerator.process_index} holds its half; {place}", flush=True)
-    accelerator.wait_for_everyone()
+    leave_processes()
 """
 
 
