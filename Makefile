@@ -35,7 +35,7 @@ demo: $(call installed,base)  ## distil the embedded teacher, beside a twin with
 	$(RUN) -m kdkit.evaluate runs/demo_ce runs/demo
 
 test: $(call installed,dev)  ## the whole suite, on two cores
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile tests/test_notebooks.py tests  # the longest file first
 
 lint: $(call installed,dev)  ## ruff, and whether kdkit/train.py is in step with its notebook
 	$(RUN) -m ruff check .
