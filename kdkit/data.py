@@ -262,6 +262,11 @@ def count_tokens(rows: list[dict]) -> int:
     return sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
 
 
+def empty_row(pad_token_id: int) -> dict:
+    """A row without a label, for a rank that has none left but has to take part in what the ranks do together."""
+    return {"input_ids": [pad_token_id], "labels": [IGNORE_INDEX], "position_ids": [0]}
+
+
 class Steps(Dataset):
     """The optimizer steps of a run as one rank sees them: item i is the list of micro-batches of step i.
 
@@ -299,9 +304,8 @@ class Steps(Dataset):
         step_rows = self.step_rows(step)
         mine = step_rows[self.rank :: self.num_ranks]
         num_micro_batches = math.ceil(len(step_rows[:: self.num_ranks]) / self.batch_size)  # rank 0 has the most
-        nothing = {"input_ids": [self.pad_token_id], "labels": [IGNORE_INDEX], "position_ids": [0]}
         micro_batches = []
         for start in range(0, num_micro_batches * self.batch_size, self.batch_size):
             rows = [self.rows[index] for index in mine[start : start + self.batch_size]]
-            micro_batches.append(collate(rows or [nothing], self.pad_token_id))
+            micro_batches.append(collate(rows or [empty_row(self.pad_token_id)], self.pad_token_id))
         return micro_batches

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdkit import plots
 from kdkit.config import DistillConfig, UsageError, read_config
-from kdkit.data import collate, load_rows
+from kdkit.data import collate, empty_row, load_rows
 from kdkit.losses import DIVERGENCES, IGNORE_INDEX, forward_kl
 from kdkit.models import BodyAndHead, count_parameters, load_teacher, load_tokenizer
 from kdkit.tracking import read_metrics
@@ -112,9 +112,8 @@ def evaluate(
     )
     total = torch.zeros(7, dtype=torch.float64, device=device)
     mine = rows[rank::num_ranks]
-    nothing = {"input_ids": [pad_token_id], "labels": [IGNORE_INDEX], "position_ids": [0]}
     for start in range(0, len(rows[::num_ranks]), config.batch_size):  # as often on every rank: models may be sharded
-        batch = collate(mine[start : start + config.batch_size] or [nothing], pad_token_id)
+        batch = collate(mine[start : start + config.batch_size] or [empty_row(pad_token_id)], pad_token_id)
         batch = {key: value.to(device) for key, value in batch.items()}
         targets = teacher(batch, lambda hidden, head: (hidden, head))
         total += student(batch, sums, *targets, batch["labels"])
