@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdkit.losses import DIVERGENCES, IGNORE_INDEX, KDLoss, check_loss_arguments
+from kdkit.losses import DIVERGENCES, IGNORE_INDEX, LOG_NOTHING, KDLoss, TopK, check_loss_arguments
 
 CHUNK_TOKENS = {"cpu": 144, "gpu": 1024}  # C, at the least: each chunk reads both heads, and fills two (C, V) buffers
 CHUNK_ELEMENTS = 2**22  # C * V, at the least: where the vocabulary is small, C is larger
@@ -60,7 +60,7 @@ class _Task(NamedTuple):
     """All that the loss depends on, checked."""
 
     student: _Model
-    teacher: _Model | None  # None at alpha = 1
+    teacher: _Model | TopK | None  # None at alpha = 1
     rows: Tensor  # (N,), the tokens that are in the loss
     labels: Tensor  # (N,)
     num_items: Tensor  # (), at least 1
@@ -74,7 +74,7 @@ class _Task(NamedTuple):
 def fused_kd_loss(
     student_hidden: Tensor,
     student_head: Tensor | Head,
-    teacher_hidden: Tensor | None,
+    teacher_hidden: Tensor | TopK | None,
     teacher_head: Tensor | Head | None,
     labels: Tensor,
     *,
@@ -97,6 +97,7 @@ def fused_kd_loss(
         student_hidden: (..., H), what the model applies its head to.
         student_head: (V, H), or a `Head` if it has a bias, a scale or a soft cap.
         teacher_hidden, teacher_head: the teacher's, of any H; at alpha = 1 they may be None, and no value is read.
+            Or its `TopK`, and None: then only the student's logits are computed.
         labels: (...), already shifted; -100 is not in the loss.
         alpha, temperature, divergence, num_items_in_batch, divergence_options: as in `kdkit.losses.kd_loss`.
         vocab_size: entries to keep of both vocabularies; None keeps those of the narrower head.
@@ -118,9 +119,12 @@ def fused_kd_loss(
     student = _model("student", student_hidden, student_head, labels, vocab_size, precise)
     teacher = None
     if alpha < 1:
-        if teacher_hidden is None or teacher_head is None:
+        if isinstance(teacher_hidden, TopK):
+            teacher = _top_k(teacher_hidden, labels)
+        elif teacher_hidden is None or teacher_head is None:
             raise ValueError(f"teacher_hidden or teacher_head is None, which only alpha = 1 allows; alpha is {alpha}")
-        teacher = _model("teacher", teacher_hidden, teacher_head, labels, vocab_size, precise)
+        else:
+            teacher = _model("teacher", teacher_hidden, teacher_head, labels, vocab_size, precise)
         DIVERGENCES[divergence](torch.zeros(1), torch.zeros(1), **divergence_options)  # refuses what it does not know
 
     rows = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (N,); the one wait for the GPU
@@ -158,6 +162,17 @@ def _model(name: str, hidden: Tensor, head: Head, labels: Tensor, vocab_size: in
     return _Model(hidden.detach().reshape(labels.numel(), -1), head._replace(weight=weight, bias=bias), dtype)
 
 
+def _top_k(teacher: TopK, labels: Tensor) -> TopK:
+    """One row a token."""
+    ids, log_probs = teacher
+    if ids.shape[:-1] != labels.shape or log_probs.shape != (*labels.shape, ids.shape[-1] + 1):
+        raise ValueError(
+            f"ids are {tuple(ids.shape)} and log_probs {tuple(log_probs.shape)}, expected (*labels.shape, K) and "
+            f"(*labels.shape, K + 1), with labels {tuple(labels.shape)}"
+        )
+    return TopK(ids.reshape(labels.numel(), -1), log_probs.reshape(labels.numel(), -1))
+
+
 def _by_device(sizes: dict[str, int], tensor: Tensor) -> int:
     return sizes["cpu" if tensor.device.type == "cpu" else "gpu"]
 
@@ -187,7 +202,8 @@ def _loss_and_gradients(
     task: _Task, d_hidden: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, its two parts, and a factor that the gradients, which are added to the zeros given, still lack."""
-    student, models, device = task.student, [x for x in (task.student, task.teacher) if x], task.rows.device
+    student, device = task.student, task.rows.device
+    models = [x for x in (task.student, task.teacher) if isinstance(x, _Model)]
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     empty = partial(torch.empty, dtype=dtype, device=device)
     vocab_size = len(student.head.weight)
@@ -212,7 +228,10 @@ def _loss_and_gradients(
             logits = [_logits_(model, rows, task.precise, buffer[: len(rows)]) for model, buffer in pairs]
             # d loss / d z takes the place of z. Where its dtype is smaller, a row of it ends before that row of z.
             grad = buffers[0].view(grad_dtype).view(-1, vocab_size)[: len(rows)]  # (C, V)
-            blocks = (x.split(scratch.shape[1]) for x in (labels, grad, *logits))
+            stored = ()
+            if isinstance(task.teacher, TopK):
+                stored = task.teacher.ids[rows].long(), task.teacher.log_probs[rows].to(dtype)  # (C, K), (C, K + 1)
+            blocks = (x.split(scratch.shape[1]) for x in (labels, grad, *logits, *stored))
             nats = [_block_(task, weights, scratch, *block) for block in zip(*blocks, strict=True)]
             sums += torch.stack([torch.cat(x).sum() for x in zip(*nats, strict=True)])
             with _operands_as(student.dtype):
@@ -277,9 +296,10 @@ def _block_(
     labels: Tensor,
     grad: Tensor,
     z: Tensor,
-    t: Tensor | None = None,
+    *teacher: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (R, 1) and divergence (R,) of labels (R, 1) and logits z and t (R, V); d loss / d z goes to grad.
+    """Cross-entropy (R, 1) and divergence (R,) of labels (R, 1), logits z (R, V), and the teacher's logits (R, V), or
+    ids (R, K) and log-probabilities (R, K + 1), or nothing at alpha = 1; d loss / d z goes to grad (R, V).
 
     The logits are overwritten. weights, None where no gradient is wanted, are those of the two gradients.
     """
@@ -290,17 +310,42 @@ def _block_(
     ce, divergence = largest + total.log() - z.gather(-1, labels), torch.zeros_like(total[:, 0])
     if weights:
         d_z.mul_(weights[0] / total).scatter_add_(-1, labels, -weights[0].expand_as(labels))
-    if t is not None:
-        _finish_(t, task.teacher.head)
-        _softmax_(z, largest, task.temperature, q)  # z becomes log q
-        _softmax_(t, t.amax(-1, keepdim=True), task.temperature, p)  # t becomes log p
-        divergence, g = task.divergence(z, q, t, p)
+    if teacher:
+        if isinstance(task.teacher, TopK):
+            divergence, g = _from_top_k_(task, z, largest, *teacher, q)
+        else:
+            divergence, g = _from_logits_(task, z, largest, *teacher, q, p)
         if weights:
-            g.addcmul_(q, g.sum(-1, keepdim=True), value=-1)  # T * d divergence / d z
             d_z.addcmul_(g, weights[1])
     if weights:
         grad.copy_(d_z if slope is None else d_z.mul_(slope))
     return ce, divergence
+
+
+def _from_logits_(task: _Task, z: Tensor, largest: Tensor, t: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergence (R,) of logits z and t (R, V), and T * d divergence / d z (R, V), in one of the arguments."""
+    _finish_(t, task.teacher.head)
+    _softmax_(z, largest, task.temperature, q)  # z becomes log q
+    _softmax_(t, t.amax(-1, keepdim=True), task.temperature, p)  # t becomes log p
+    divergence, g = task.divergence(z, q, t, p)
+    return divergence, g.addcmul_(q, g.sum(-1, keepdim=True), value=-1)
+
+
+def _from_top_k_(
+    task: _Task, z: Tensor, largest: Tensor, ids: Tensor, log_p: Tensor, q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same over the K + 1 buckets of log_p (R, K + 1). A tail token has its share, q_v / q_tail, of g_tail."""
+    torch.add(largest / -task.temperature, z, alpha=1 / task.temperature, out=q).exp_()  # (R, V), not normalised yet
+    top = q.gather(-1, ids)  # (R, K)
+    tail = q.scatter_(-1, ids, 0).sum(-1, keepdim=True)  # (R, 1), not 1 - sum(top), whose digits cancel
+    total = top.sum(-1, keepdim=True) + tail
+    log_q = (torch.cat([top, tail], -1) / total).log_().clamp_(min=LOG_NOTHING)  # (R, K + 1)
+    in_top, in_tail = log_q.exp(), log_p.log_softmax(-1)
+    divergence, g = task.divergence(log_q, in_top.clone(), in_tail, in_tail.exp())
+    sum_g = g.sum(-1, keepdim=True)
+    per_tail = torch.where(tail > 0, g[:, -1:] / in_top[:, -1:], 0) - sum_g
+    q.mul_(per_tail / total).scatter_(-1, ids, g[:, :-1] - in_top[:, :-1] * sum_g)
+    return divergence, q
 
 
 def _finish_(z: Tensor, head: Head) -> Tensor | None:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
+LOG_NOTHING = -87.0  # the logarithm of what counts as no probability at all: about the least that fp32 holds
 
 
 class KDLoss(NamedTuple):
@@ -36,6 +37,32 @@ class KDLoss(NamedTuple):
     ce_loss: Tensor  # (), cross-entropy at T = 1, detached
     kl_loss: Tensor  # (), T^2 * divergence, as it enters the loss, detached; 0, and not computed, at alpha = 1
     num_items: Tensor  # (), what was divided by
+
+
+class TopK(NamedTuple):
+    """The teacher's distribution at T in K + 1 buckets: its K likeliest tokens, and all others together, the tail.
+
+    It stands for the teacher's logits in `kd_loss`. A divergence of two distributions in buckets is a lower bound of
+    that of the whole ones (they may still differ inside the tail) and equal to it at K = V. Leaving the tail out and
+    scaling the K up to 1, as is often done, gives no bound: its student is taught to put nothing outside of the K.
+    """
+
+    ids: Tensor  # (..., K), of any integer type
+    log_probs: Tensor  # (..., K + 1), the tail's last
+
+
+def top_k(teacher_logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
+    """The K likeliest tokens of logits (..., V) at T, and the tail; fp32 (float64 stays)."""
+    log_p = _log_softmax(teacher_logits, temperature)
+    ids = log_p.topk(k).indices
+    return TopK(ids, in_buckets(log_p, ids))
+
+
+def in_buckets(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """log_probs of all tokens (..., V) as those of the tokens `ids` (..., K) and of the tail: (..., K + 1)."""
+    top = log_probs.gather(-1, ids)
+    tail = log_probs.scatter(-1, ids, -1e4).logsumexp(-1, keepdim=True)  # finite: at K = V nothing is left
+    return torch.cat([top, tail.clamp(min=LOG_NOTHING)], -1)
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -170,7 +197,7 @@ DIVERGENCES = {
 
 def kd_loss(
     student_logits: Tensor,
-    teacher_logits: Tensor | None,
+    teacher_logits: Tensor | TopK | None,
     labels: Tensor,
     *,
     alpha: float,
@@ -187,7 +214,8 @@ def kd_loss(
 
     Args:
         student_logits: (B, S, V) or (N, V).
-        teacher_logits: the same but for V; at alpha = 1 it may be None, and no value of it is read.
+        teacher_logits: the same but for V; at alpha = 1 it may be None, and no value of it is read. Or `TopK`, of
+            which the divergence is a lower bound.
         labels: (B, S) or (N,), aligned with the logits (already shifted); -100 is not in the loss.
         alpha: weight of the cross-entropy: 0 is pure divergence, 1 is pure cross-entropy.
         temperature: T > 0.
@@ -209,14 +237,19 @@ def kd_loss(
     labels, student_logits = labels[valid], student_logits[valid]  # (N,), (N, V)
     student_logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
     divergence_sum = student_logits.new_zeros(())
-    if teacher_logits is not None:
+    if isinstance(teacher_logits, Tensor):
         vocab_size = min(student_logits.shape[-1], teacher_logits.shape[-1])
         student_logits = student_logits[:, :vocab_size]  # (N, V)
     if alpha < 1:
         if teacher_logits is None:
             raise ValueError(f"teacher_logits is None, which only alpha = 1 allows; alpha is {alpha}")
-        teacher_logits = teacher_logits[valid][:, :vocab_size]  # (N, V)
-        per_token = DIVERGENCES[divergence](student_logits, teacher_logits, temperature, **divergence_options)
+        if isinstance(teacher_logits, TopK):
+            ids, log_p = teacher_logits.ids[valid].long(), teacher_logits.log_probs[valid]  # (N, K), (N, K + 1)
+            log_q = in_buckets(_log_softmax(student_logits, temperature), ids)
+            per_token = DIVERGENCES[divergence](log_q, log_p, **divergence_options)  # log-probabilities are logits
+        else:
+            teacher_logits = teacher_logits[valid][:, :vocab_size]  # (N, V)
+            per_token = DIVERGENCES[divergence](student_logits, teacher_logits, temperature, **divergence_options)
         divergence_sum = temperature**2 * per_token.sum()
     ce_sum = F.cross_entropy(student_logits, labels, reduction="sum")
 
@@ -241,7 +274,7 @@ def check_loss_arguments(alpha: float, temperature: float, divergence: str) -> N
 def dense_kd_loss(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher_hidden: Tensor | None,
+    teacher_hidden: Tensor | TopK | None,
     teacher_head: Tensor | None,
     labels: Tensor,
     *,
@@ -251,14 +284,14 @@ def dense_kd_loss(
     """`kd_loss` from last hidden states and heads, by way of all the logits: the reference for `kdkit.fused`.
 
     Args:
-        student_hidden, teacher_hidden: (..., Hs), (..., Ht); the teacher's may be None at alpha = 1.
+        student_hidden, teacher_hidden: (..., Hs), (..., Ht); the teacher's may be None at alpha = 1, or `TopK`.
         student_head, teacher_head: (V, Hs), (V, Ht).
         labels: (...), aligned; -100 is not in the loss.
         vocab_size: use the first so many rows of both heads.
         settings: the keyword arguments of `kd_loss`.
     """
     student_logits = F.linear(student_hidden, student_head[:vocab_size])  # (..., V)
-    teacher_logits = None
-    if settings["alpha"] < 1 and teacher_hidden is not None:
+    teacher_logits = teacher_hidden if isinstance(teacher_hidden, TopK) else None
+    if settings["alpha"] < 1 and isinstance(teacher_hidden, Tensor):
         teacher_logits = F.linear(teacher_hidden, teacher_head[:vocab_size])  # (..., V)
     return kd_loss(student_logits, teacher_logits, labels, **settings)

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import kdkit.fused
 from kdkit.fused import Head, fused_kd_loss
-from kdkit.losses import DIVERGENCES, kd_loss
+from kdkit.losses import DIVERGENCES, TopK, kd_loss, top_k
 
 NAMES = sorted(DIVERGENCES)
 MASKS = ("some", "none masked", "all masked", "one left")
@@ -67,6 +67,32 @@ def test_equals_the_dense_loss_for_every_option(name, option):
     for value in (0.3, 0.9, *([0.0] if option == "skew" else [])):
         arguments = {"alpha": 0.3, "temperature": 2.0, "divergence": name, option: value}
         assert_same(run(fused_kd_loss, *problem(), **arguments), run(dense, *problem(), **arguments))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_the_dense_loss_over_buckets(name, temperature):
+    """The same with the teacher's K likeliest tokens for the teacher: one, some, all."""
+
+    def dense_top_k(student_hidden, student_head, teacher, _, labels, **arguments):
+        return kd_loss(student_hidden @ student_head.T, teacher, labels, **arguments)
+
+    for mask, alpha, k in itertools.product(MASKS, (0.0, 0.3, 1.0), (1, 7, 37)):
+        hidden, weight, teacher_hidden, teacher_weight, labels = problem(mask)
+        teacher = top_k(teacher_hidden @ teacher_weight[:37].T, k, temperature)
+        arguments = {"alpha": alpha, "temperature": temperature, "divergence": name}
+        inputs = hidden, weight, TopK(teacher.ids.int(), teacher.log_probs), None, labels
+        expected = run(dense_top_k, *inputs, scale=3.0, **arguments)
+        for chunk_size in (1, 4, None):
+            assert_same(run(fused_kd_loss, *inputs, scale=3.0, chunk_size=chunk_size, **arguments), expected)
+
+
+def test_a_misshapen_top_k_is_refused():
+    hidden, weight, teacher_hidden, teacher_weight, labels = problem()
+    ids, log_probs = top_k(teacher_hidden @ teacher_weight.T, 4)
+    for teacher in (TopK(ids[:, :2], log_probs[:, :2]), TopK(ids, log_probs[..., :-1])):
+        with pytest.raises(ValueError, match=r"expected \(\*labels.shape, K\)"):
+            fused_kd_loss(hidden, weight, teacher, None, labels, alpha=0.0, temperature=1.0)
 
 
 @pytest.mark.parametrize("block_elements", [1, 37 * 2, 37 * 3, 10**6])

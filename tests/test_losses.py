@@ -1,12 +1,25 @@
 """The divergences and the hybrid loss: properties, hand-computed cases, gradients, and the bugs that others shipped."""
 
+import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kdkit.losses import DIVERGENCES, forward_kl, jsd, kd_loss, reverse_kl, skew_kl, skew_reverse_kl, total_variation
+from kdkit.losses import (
+    DIVERGENCES,
+    TopK,
+    forward_kl,
+    in_buckets,
+    jsd,
+    kd_loss,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    top_k,
+    total_variation,
+)
 
 NAMES = sorted(DIVERGENCES)
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
@@ -266,3 +279,50 @@ def test_mistakes_are_named(changed, message):
     arguments = {"student_logits": z, "teacher_logits": t, "labels": labels, "alpha": 0.5, "temperature": 2.0} | changed
     with pytest.raises(ValueError, match=message):
         kd_loss(**arguments)
+
+
+# --- the teacher's K likeliest tokens and the tail ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_over_buckets_it_is_a_rising_lower_bound(name):
+    """The more tokens have a bucket of their own, the nearer it is to the divergence, which it reaches at K = V."""
+    student, teacher, labels = randn(9, 13, seed=1, scale=2), randn(9, 13, seed=2, scale=2), torch.zeros(9).long()
+    arguments = {"alpha": 0.0, "temperature": 2.0, "divergence": name}
+    full = kd_loss(student, teacher, labels, **arguments).kl_loss
+    over = [kd_loss(student, top_k(teacher, k, 2.0), labels, **arguments).kl_loss for k in range(1, 14)]
+    assert all(a <= b + 1e-14 for a, b in itertools.pairwise(over)) and over[3] < 0.99 * full
+    assert over[-1] == pytest.approx(full.item(), abs=1e-12)
+
+
+def test_buckets_by_hand():
+    probabilities = torch.tensor([0.1, 0.4, 0.2, 0.3]).double()
+    ids, log_probs = top_k(probabilities.log(), 2)
+    assert ids.tolist() == [1, 3]
+    torch.testing.assert_close(log_probs.exp(), torch.tensor([0.4, 0.3, 0.3]).double())
+    torch.testing.assert_close(
+        in_buckets(probabilities.log(), torch.tensor([0, 2])).exp(), torch.tensor([0.1, 0.2, 0.7]).double()
+    )
+    student = torch.tensor([0.25, 0.25, 0.25, 0.25]).double().log()[None]
+    got = kd_loss(student, TopK(ids[None], log_probs[None]), torch.tensor([0]), alpha=0.0, temperature=1.0).kl_loss
+    assert got == pytest.approx(0.4 * math.log(0.4 / 0.25) + 0.3 * math.log(0.3 / 0.25) + 0.3 * math.log(0.3 / 0.5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("k", [1, 5, 13])
+def test_the_gradient_over_buckets(name, k):
+    student, buckets = randn(4, 13, seed=1).requires_grad_(), top_k(randn(4, 13, seed=2), k, 2.0)
+    labels = torch.tensor([3, -100, 0, 12])
+    arguments = {"alpha": 0.3, "temperature": 2.0, "divergence": name}
+    assert torch.autograd.gradcheck(lambda x: kd_loss(x, buckets, labels, **arguments).loss, student)
+
+
+def test_a_student_that_agrees_in_every_bucket_has_no_loss_though_its_tail_differs():
+    """What scaling the top K up to 1 gets wrong: it would drive the student's tail to 0."""
+    teacher = torch.tensor([0.5, 0.3, 0.15, 0.05]).double().log()[None]
+    student = torch.tensor([0.5, 0.3, 0.05, 0.15]).double().log()[None].requires_grad_()
+    result = kd_loss(student, top_k(teacher, 2), torch.tensor([0]), alpha=0.0, temperature=1.0)
+    result.loss.backward()
+    assert abs(result.kl_loss) < 1e-14 and student.grad.abs().max() < 1e-14
+    scaled_up = teacher[:, :2] - teacher[:, :2].logsumexp(-1, keepdim=True)
+    assert (scaled_up.exp() * (scaled_up - student[:, :2])).sum() > 0.2
