@@ -23,7 +23,7 @@ from kdkit.config import DistillConfig, UsageError, read_config
 
 # These say how a run is watched and computed, not what it computes: they may differ when it goes on.
 FREE_FIELDS = {"output_dir", "resume", "logging_steps", "eval_steps", "save_steps", "keep_checkpoints"}
-FREE_FIELDS |= {"teacher_placement", "export_dtype", "fused_loss"}
+FREE_FIELDS |= {"teacher_placement", "targets_dir", "export_dtype", "fused_loss"}
 FREE_PREFIX = ("use_wandb", "wandb_")
 # What these and the number of ranks make together, the rows of a step, may not.
 STEP_FIELDS = {"batch_size", "gradient_accumulation_steps"}

@@ -37,6 +37,13 @@ class DistillConfig:
     teacher_placement: Literal["auto", "replicate", "shard", "offload"] = "auto"
     """Where the teacher's weights are: whole on each device, sharded over the ranks, or with the CPU; auto says what
     it chose."""
+    targets: Literal["online", "hidden", "top_k"] = "online"
+    """Where the teacher's targets come from: online runs the teacher on each batch; hidden and top_k read what
+    python -m kdkit.targets has stored in targets_dir, its last hidden states (exact), or its likeliest tokens."""
+    targets_dir: str | None = None
+    """The folder of stored targets."""
+    top_k: int = 64
+    """How many of the teacher's likeliest tokens are stored for targets top_k; all others are one bucket."""
     export_dtype: Literal["float32", "bfloat16"] = "float32"
     """The type of the weights in final/."""
 
@@ -130,7 +137,13 @@ class DistillConfig:
         check(self.num_epochs > 0, "num_epochs", "a number above 0")
         check(self.max_length >= 2, "max_length", "at least 2")
         check(bool(self.output_dir), "output_dir", "a folder")
-        for name in ("batch_size", "gradient_accumulation_steps", "logging_steps", "keep_checkpoints"):
+        stored = self.targets != "online"
+        check(
+            not stored or self.targets_dir,
+            "targets_dir",
+            f"the folder of stored targets, since targets is {self.targets}",
+        )
+        for name in ("batch_size", "gradient_accumulation_steps", "logging_steps", "keep_checkpoints", "top_k"):
             check(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_steps", "eval_steps", "save_steps", "max_train_tokens", "max_eval_tokens"):
             check(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1, or null")

@@ -21,6 +21,10 @@ from torch.utils.data import Dataset
 from kdkit.config import DistillConfig, UsageError
 from kdkit.losses import IGNORE_INDEX
 
+# What the rows of a run depend on, but for the tokenizer.
+DATA_FIELDS = ("dataset", "text_column", "eval_dataset", "eval_fraction", "max_train_tokens", "max_eval_tokens")
+DATA_FIELDS += ("max_length", "packing")
+
 
 @dataclass(frozen=True)
 class Document:
@@ -306,6 +310,7 @@ class Steps(Dataset):
         num_micro_batches = math.ceil(len(step_rows[:: self.num_ranks]) / self.batch_size)  # rank 0 has the most
         micro_batches = []
         for start in range(0, num_micro_batches * self.batch_size, self.batch_size):
-            rows = [self.rows[index] for index in mine[start : start + self.batch_size]]
-            micro_batches.append(collate(rows or [empty_row(self.pad_token_id)], self.pad_token_id))
+            indices = mine[start : start + self.batch_size]
+            rows = [self.rows[index] for index in indices] or [empty_row(self.pad_token_id)]
+            micro_batches.append({**collate(rows, self.pad_token_id), "train_rows": indices})
         return micro_batches

@@ -108,7 +108,7 @@ def place_teacher(teacher: torch.nn.Module, placement: str, accelerator: Acceler
     """Put the frozen teacher where `placement` says.
 
     Args:
-        teacher: from `load_teacher`.
+        teacher: from `load_teacher`, or a `kdkit.targets.StoredTeacher`, for which `placement` means nothing.
         placement: `replicate` (whole on each device), `shard` (a part on each, layer by layer gathered when used),
             `offload` (kept by the CPU, brought layer by layer when used), or `auto`.
         accelerator: the run's. With FSDP, call this after `prepare`.
@@ -119,6 +119,8 @@ def place_teacher(teacher: torch.nn.Module, placement: str, accelerator: Acceler
     Raises:
         UsageError: `shard` on one process.
     """
+    if isinstance(teacher, BodyAndHead):  # what is stored of one
+        return teacher.to(accelerator.device), str(teacher)
     several = accelerator.num_processes > 1
     reason = "as asked"
     if placement == "auto":

@@ -115,6 +115,7 @@ def evaluate(
     for start in range(0, len(rows[::num_ranks]), config.batch_size):  # as often on every rank: models may be sharded
         batch = collate(mine[start : start + config.batch_size] or [empty_row(pad_token_id)], pad_token_id)
         batch = {key: value.to(device) for key, value in batch.items()}
+        batch["eval_rows"] = list(range(len(rows)))[rank::num_ranks][start : start + config.batch_size]
         targets = teacher(batch, lambda hidden, head: (hidden, head))
         total += student(batch, sums, *targets, batch["labels"])
     student.train(was_training)

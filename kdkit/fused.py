@@ -247,7 +247,14 @@ def _loss_and_gradients(
     return loss, ce_loss, kl_loss, torch.ldexp(torch.ones_like(mantissa), -exponent)
 
 
-def _logits_(model: _Model, rows: Tensor, precise: bool, out: Tensor) -> Tensor:
+def precise_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden (N, H) @ weight (V, H).T in fp32 (float64 stays), as exact as that, from operands of bf16 too: (N, V)."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    out = torch.empty(len(hidden), len(weight), dtype=dtype, device=hidden.device)
+    return _logits_(_Model(hidden, Head(weight), hidden.dtype), slice(None), True, out)
+
+
+def _logits_(model: _Model, rows: Tensor | slice, precise: bool, out: Tensor) -> Tensor:
     """out = hidden[rows] @ weight.T, as exact as out's dtype from operands of the model's dtype."""
     hidden, weight = model.hidden[rows].to(model.dtype), model.head.weight  # (C, H), (V, H)
     if weight.dtype == hidden.dtype == out.dtype:

@@ -80,6 +80,17 @@ def _load(auto_class, name: str, role: str, **options):
         ) from error
 
 
+def model_folder(name: str) -> Path | None:
+    """Where the files of a model are on this machine; None where they are not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = Path(resolve(name, "teacher"))
+    if path.is_dir():
+        return path
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def load_tokenizer(config: DistillConfig):
     """The teacher's tokenizer, which is the run's. Padding falls back to the end of text; labels tell them apart."""
     from transformers import AutoTokenizer
@@ -104,6 +115,13 @@ def load_teacher(name: str = "embedded", dtype: torch.dtype = torch.bfloat16) ->
     return teacher.requires_grad_(False).eval()
 
 
+def load_student_config(config: DistillConfig):
+    """The transformers config of `student_model`."""
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, config.student_model, "student")
+
+
 def load_student(config: DistillConfig, teacher: nn.Module) -> nn.Module:
     """The student, in fp32 (the master weights; autocast makes bf16 of them), in train mode.
 
@@ -113,14 +131,15 @@ def load_student(config: DistillConfig, teacher: nn.Module) -> nn.Module:
     Raises:
         UsageError: no such model, or layers that the teacher does not have.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if config.student_layers is not None:
+        if isinstance(teacher, BodyAndHead):  # its targets alone: it is read once, for its layers
+            teacher = load_teacher(config.teacher_model, torch.float32)
         return student_from_layers(teacher, config.student_layers).train()
     name = config.student_model
     if config.student_random_init or name == "embedded":
-        model_config = _load(AutoConfig, name, "student")
-        return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32).train()
+        return AutoModelForCausalLM.from_config(load_student_config(config), dtype=torch.float32).train()
     return _load(AutoModelForCausalLM, name, "student", dtype=torch.float32).train()
 
 
@@ -181,8 +200,9 @@ def check_pair(config: DistillConfig, teacher: nn.Module, student: nn.Module, to
     starts_from_weights = config.student_layers is None and not config.student_random_init
     if starts_from_weights and config.student_model != "embedded":
         _check_tokenizers(config, tokenizer)
-    heads = {"teacher": teacher.get_output_embeddings().weight, "student": student.get_output_embeddings().weight}
-    rows = {role: head.shape[0] for role, head in heads.items()}
+    stored = isinstance(teacher, BodyAndHead)  # no body: it was looked at when its targets were stored
+    teacher_head = teacher.head if stored else teacher.get_output_embeddings().weight
+    rows = {"teacher": len(teacher_head), "student": len(student.get_output_embeddings().weight)}
     entries = max(tokenizer.get_vocab().values()) + 1
     for role, model in (("teacher", teacher), ("student", student)):
         if rows[role] < entries:
@@ -190,7 +210,8 @@ def check_pair(config: DistillConfig, teacher: nn.Module, student: nn.Module, to
                 f"the {role}'s head has {rows[role]} rows for a tokenizer of {entries} entries: "
                 f"call resize_token_embeddings({entries}) on it, or use a {role} made for this tokenizer"
             )
-        if not any(parameter.is_meta for parameter in model.parameters()):  # else rank 0 has them, and looks
+        empty = any(parameter.is_meta for parameter in model.parameters())  # rank 0 has the weights, and looks
+        if not empty and not (role == "teacher" and stored):
             _check_plain_head(model, role)
     vocab_size = min(rows.values())
     report = [f"tokenizer: {entries:,} entries, the same for both"]
@@ -241,5 +262,7 @@ def _check_plain_head(model: nn.Module, role: str) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters, shared ones once."""
+    """Parameters, shared ones once; of a stored teacher, those it had."""
+    if hasattr(model, "num_parameters") and isinstance(model.num_parameters, int):
+        return model.num_parameters
     return sum(parameter.numel() for parameter in model.parameters())

@@ -30,7 +30,7 @@ from .devices import clip_gradients, leave_processes, place_teacher, start_accel
 from .evaluate import evaluate
 from .fused import fused_kd_loss
 from .losses import IGNORE_INDEX, dense_kd_loss
-from .models import BodyAndHead, check_pair, count_parameters, load_student, load_teacher, load_tokenizer
+from .models import BodyAndHead, check_pair, count_parameters, load_student, load_tokenizer
 from .tracking import Tracker
 
 # %% ../notebooks/03_train.ipynb #e814ca83
@@ -112,9 +112,8 @@ def train(config: DistillConfig, watch=None) -> list[dict]:
     tokenizer = load_tokenizer(config)
     train_rows, eval_rows = load_rows(config, tokenizer)
     steps = Steps(train_rows, config, tokenizer.pad_token_id, accelerator.process_index, accelerator.num_processes)
-    teacher = load_teacher(
-        config.teacher_model, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    )
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    teacher = targets.open_teacher(config, tokenizer, train_rows, eval_rows, dtype)  # or what is stored of one
     student = load_student(config, teacher)
     pair = check_pair(config, teacher, student, tokenizer)
     accelerator.wait_for_everyone()  # all have read what is in the folder
@@ -125,7 +124,7 @@ def train(config: DistillConfig, watch=None) -> list[dict]:
     optimizer = make_optimizer(student, config)
     student, optimizer = accelerator.prepare(BodyAndHead(student), optimizer)
     teacher, place = place_teacher(teacher, config.teacher_placement, accelerator)
-    get_targets = targets.none() if config.alpha == 1 else targets.online(teacher)
+    get_targets = targets.none() if config.alpha == 1 else targets.of(teacher)
     kd_loss = make_loss(config, pair.vocab_size)
     measure = partial(evaluate, student, teacher, eval_rows, config, pad_token_id=tokenizer.pad_token_id,
                       vocab_size=pair.vocab_size, accelerator=accelerator)  # fmt: skip

@@ -97,7 +97,7 @@ def test_alpha_1_is_plain_fine_tuning(small):
 
 
 def test_alpha_1_does_not_run_the_teacher(small, monkeypatch):
-    monkeypatch.setattr(train_module.targets, "online", lambda teacher: pytest.fail("the teacher is run"))
+    monkeypatch.setattr(train_module.targets, "of", lambda teacher: pytest.fail("the teacher is run"))
     train(small(alpha=1.0, max_steps=2))
 
 
