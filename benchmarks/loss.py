@@ -164,6 +164,24 @@ def nearly_equal_pair(kl: float, tokens: int = 256, vocab: int = 8000, hidden: i
     return [*(x.bfloat16() for x in (h, head + noise, h, head)), labels]
 
 
+@torch.no_grad()
+def real_pairs(folder: str, layers: list[int], tokens: int = 256) -> list[list[torch.Tensor]]:
+    """The same of a real teacher and of students that are so many of its layers, in bf16, on Python's documentation."""
+    from kdkit import DistillConfig
+    from kdkit.data import collate, load_rows
+    from kdkit.models import BodyAndHead, load_teacher, load_tokenizer, student_from_layers
+
+    config = DistillConfig(teacher_model=folder, max_eval_tokens=tokens, max_length=tokens)
+    tokenizer, teacher = load_tokenizer(config), load_teacher(folder)
+    batch = collate(load_rows(config, tokenizer)[1][:1], tokenizer.pad_token_id)
+
+    def states(model) -> list[torch.Tensor]:
+        return list(BodyAndHead(model)(batch, lambda hidden, head: (hidden[0], head.detach())))
+
+    students = [student_from_layers(teacher, count).bfloat16().eval() for count in layers]
+    return [[*states(student), *states(teacher), batch["labels"][0]] for student in students]
+
+
 def relative_errors(function, inputs: list[torch.Tensor]) -> list[float]:
     """Of the gradients for hidden states and head, at alpha = 0 and T = 1, against float64 on the same bf16 inputs."""
 
@@ -178,15 +196,16 @@ def relative_errors(function, inputs: list[torch.Tensor]) -> list[float]:
 
 def measure_precision(args: argparse.Namespace) -> None:
     print("\nRelative error of the gradient, bf16 weights and hidden states, against float64:\n")
-    kls = (4.0, 0.4, 0.04)
-    print("|", " | ".join(["", *(f"dh, KL {x}" for x in kls), *(f"dW, KL {x}" for x in kls)]), "|\n" + "|---" * 7 + "|")
-    pairs = [nearly_equal_pair(kl) for kl in kls]
+    if args.model:
+        print(f"{Path(args.model).name} and students of {args.layers} of its layers\n")
+    pairs = real_pairs(args.model, args.layers) if args.model else [nearly_equal_pair(kl) for kl in (4.0, 0.4, 0.04)]
+    with torch.no_grad():
+        kls = [f"{implementations.kdkit_fused(*pair, 0.0, 1.0).item():.3f}" for pair in pairs]
+    heading = ["", *(f"dh, KL {x}" for x in kls), *(f"dW, KL {x}" for x in kls)]
+    print("|", " | ".join(heading), "|\n" + "|---" * len(heading) + "|")
     for name, function in {**contenders(args), "kdkit dense": implementations.kdkit_dense}.items():
         errors = torch.tensor([relative_errors(function, pair) for pair in pairs]).T.flatten().tolist()
         print("|", " | ".join([name, *(f"{100 * x:.2f}%" for x in errors)]), "|", flush=True)
-    with torch.no_grad():
-        values = [implementations.kdkit_fused(*pair, 0.0, 1.0).item() for pair in pairs]
-    print("\nmeasured KL of these pairs:", ", ".join(f"{x:.3f}" for x in values))
 
 
 def main() -> None:
@@ -202,6 +221,8 @@ def main() -> None:
     parser.add_argument("--wall", action="store_true", help="wall clock, for more threads than one on a quiet machine")
     parser.add_argument("--chunk-sizes", type=int, nargs="*", default=[], help="of kdkit, besides its default")
     parser.add_argument("--only", choices=["speed", "memory", "precision"], nargs="*")
+    parser.add_argument("--model", help="precision: the folder of a real teacher, in place of synthetic pairs")
+    parser.add_argument("--layers", type=int, nargs="+", default=[29, 27, 20], help="with --model: of the students")
     parser.add_argument("--of", nargs="*", help="names of the losses to measure; all by default")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
