@@ -184,13 +184,14 @@ class DistillConfig:
 FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
 
 
-def load_config(argv: list[str] | None = None) -> DistillConfig:
+def load_config(argv: list[str] | None = None, command: str = "python -m kdkit.train") -> DistillConfig:
     """Read a configuration from a command line: `[--config recipe.yaml] [--field value ...]`.
 
     A field on the command line beats the YAML wherever it stands; what neither names has its default.
 
     Args:
         argv: the arguments; None takes those of the process.
+        command: what --help calls it.
 
     Raises:
         UsageError (a ValueError): an unknown field (with the nearest name), or a value of the wrong type or range.
@@ -207,9 +208,7 @@ def load_config(argv: list[str] | None = None) -> DistillConfig:
         _check_yaml(path)
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
-        prog="python -m kdkit.train", description=DistillConfig.__doc__, exit_on_error=False
-    )
+    parser = jsonargparse.ArgumentParser(prog=command, description=DistillConfig.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file of fields.")
     parser.add_class_arguments(DistillConfig)
     try:

@@ -209,7 +209,14 @@ class Parts:
     def write(self, part: int, tensors: dict[str, Tensor]) -> None:
         """Write the file of a part, whole or not at all."""
         aside = self.folder / f".writing_{self.path(part).name}"
-        save_file({key: value.contiguous() for key, value in tensors.items()}, aside)
+        try:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, aside)
+        except (SafetensorError, OSError) as error:
+            aside.unlink(missing_ok=True)
+            raise UsageError(
+                f"{self.path(part)} could not be written ({error}). The files before it are kept: make room, and run "
+                "the same command again"
+            ) from error
         os.replace(aside, self.path(part))
 
 
@@ -427,7 +434,7 @@ def _store_rows(parts: Parts, rows, teacher, keep, batch_size: int, pad_token_id
 def main(argv: list[str] | None = None) -> None:
     """`python -m kdkit.targets [--config recipe.yaml] [--field value ...]`, the fields of `python -m kdkit.train`."""
     try:
-        store(load_config(argv))
+        store(load_config(argv, command="python -m kdkit.targets"))
     except UsageError as error:
         sys.exit(f"kdkit: {error}")
     leave_processes()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from test_devices import LIMIT, arguments, assert_same_run, command
 
 import kdkit.targets
@@ -167,6 +168,13 @@ def test_a_student_of_the_teachers_layers(stored):
     assert train(stored(student_layers=2))[-1]["eval/kl_t1"] > 0
 
 
+def full_disk(tensors, path):
+    if Path(path).name != ".writing_head":
+        Path(path).write_bytes(b"the beginning")
+        raise SafetensorError("No space left on device")
+    save_file(tensors, path)
+
+
 def test_what_cannot_be_stored(small, tmp_path, monkeypatch, capsys):
     with pytest.raises(UsageError, match="targets is 'online', expected 'hidden' or 'top_k'"):
         store(small())
@@ -179,6 +187,10 @@ def test_what_cannot_be_stored(small, tmp_path, monkeypatch, capsys):
         train(config)
     monkeypatch.setattr(kdkit.targets.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20}))
     with pytest.raises(UsageError, match=r"has 1 MiB free, the targets need 4 MiB"):
+        store(replace(config, targets="hidden"))
+    monkeypatch.setattr(kdkit.targets.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**30}))
+    monkeypatch.setattr(kdkit.targets, "save_file", full_disk)
+    with pytest.raises(UsageError, match=r"could not be written \(No space left.*make room"):
         store(replace(config, targets="hidden"))
     assert "MiB needed" in capsys.readouterr().out and not list(tmp_path.glob("targets/train*"))
 
