@@ -33,6 +33,19 @@ class DistillConfig:
     kept. student_model is then not used."""
     student_random_init: bool = False
     """Start the student at random, from the config of student_model alone."""
+    teacher_revision: str | None = None
+    """The teacher's branch, tag or commit on the hub; None is its main branch."""
+    student_revision: str | None = None
+    """The student's branch, tag or commit on the hub; None is its main branch."""
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The type of the teacher's weights; auto is bfloat16 in bf16 mixed precision, else float32. The student's are
+    float32."""
+    attn_implementation: str | None = None
+    """The attention of both models: sdpa, eager, flash_attention_2 ...; None is transformers' choice (sdpa)."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model on the hub. Only for code that you have read."""
+    chat_template: str | None = None
+    """A Jinja file with the chat template to use, where the tokenizer has none or another one is wanted."""
 
     teacher_placement: Literal["auto", "replicate", "shard", "offload"] = "auto"
     """Where the teacher's weights are: whole on each device, sharded over the ranks, or with the CPU; auto says what
@@ -48,21 +61,45 @@ class DistillConfig:
     """The type of the weights in final/."""
 
     dataset: str = "embedded"
-    """What to learn from: a .txt, .jsonl or .json file or a folder of those; "embedded" is Python's documentation."""
+    """What to learn from: a hub id, a .txt, .jsonl, .json, .parquet or .csv file, or a folder of such files;
+    "embedded" is Python's documentation."""
+    dataset_config: str | None = None
+    """The configuration of a hub dataset that has several."""
+    dataset_split: str = "train"
+    """The split to learn from; as datasets writes them, so that train[:10%%] works too."""
+    dataset_revision: str | None = None
+    """The branch, tag or commit of a hub dataset; None is its main branch."""
+    streaming: bool = False
+    """Read no more of the dataset than max_train_tokens and max_eval_tokens need, in its order, instead of all."""
     text_column: str = "text"
-    """The field of a JSON line that holds the text."""
+    """The column of texts; used when there are no conversations."""
+    messages_column: str | None = "messages"
+    """The column of conversations (lists of role and content); used where it exists. The assistant's turns are in the
+    loss, the rest is not."""
+    prompt_column: str | None = "prompt"
+    """With completion_column, the columns of conversations of one turn; used where both exist and messages do not."""
+    completion_column: str | None = "completion"
+    """The answers to prompt_column, which are in the loss."""
     eval_dataset: str | None = None
-    """What to evaluate on, given as dataset is; by default a part of dataset is held out, by document."""
+    """What to evaluate on, given as dataset is; by default it is dataset."""
+    eval_split: str | None = None
+    """The split to evaluate on; by default a part of dataset_split is held out, or dataset_split of eval_dataset is
+    used."""
     eval_fraction: float = 0.08
-    """The share of the documents that is held out when eval_dataset is not given."""
+    """The share of the samples that is held out when neither eval_dataset nor eval_split is given."""
     max_train_tokens: int | None = None
     """Use about this many tokens of the training text, taken by whole documents in a random order."""
     max_eval_tokens: int | None = 20000
     """Evaluate on about this many held-out tokens (the same ones each time); None is all of them."""
     max_length: int = 256
-    """Tokens of a row. A longer document is cut into rows."""
+    """Tokens of a row."""
+    truncation_mode: Literal["split", "keep_start", "keep_end", "drop"] | None = None
+    """What is done with a sample longer than max_length: split into rows, cut, or left out; None is split for texts and
+    keep_start for conversations."""
     packing: bool = True
-    """Fill rows with several documents, which do not see each other; otherwise one document a row."""
+    """Fill rows with several samples, which do not see each other; otherwise one sample a row."""
+    group_by_length: bool = False
+    """Make steps of rows of similar length, so that little is padding: the alternative to packing."""
 
     batch_size: int = 8
     """Rows of a micro-batch on each device."""
@@ -147,6 +184,10 @@ class DistillConfig:
             check(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_steps", "eval_steps", "save_steps", "max_train_tokens", "max_eval_tokens"):
             check(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1, or null")
+        check(not (self.packing and self.group_by_length), "group_by_length", "false with packing, whose rows are full")
+        if self.streaming:
+            for name in ("max_train_tokens", "max_eval_tokens"):
+                check(getattr(self, name) is not None, name, "a number with streaming, which reads until it has them")
 
     @property
     def divergence_options(self) -> dict[str, float]:

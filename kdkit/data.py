@@ -1,274 +1,138 @@
-"""Documents in, batches out: read, split, tokenise, shift, pack, and lay out the steps of a run.
+"""Rows in, batches out: pack, cache and lay out the steps of a run; and look at samples.
 
-Shapes: B rows of a micro-batch, S tokens of a row. A *row* is a dict of three lists of equal length:
-`input_ids`, `labels` (the next token, or -100: not in the loss) and `position_ids` (from 0 in each document).
-The causal shift happens here, in `tokenize_documents`, and nowhere else.
+    python -m kdkit.data [--config recipes/x.yaml] [--field value ...]    # shows a few rows, in the loss or out of it
+
+Shapes: B rows of a micro-batch, S tokens of a row. For what a row is, see `kdkit.tokens`; for what it is made of,
+`kdkit.documents`.
 """
 
-import ast
-import functools
 import hashlib
+import itertools
 import json
 import math
+import os
 import random
-import sysconfig
-from dataclasses import dataclass
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
-from kdkit.config import DistillConfig, UsageError
+from kdkit.config import DistillConfig, UsageError, load_config
+from kdkit.documents import Document, Source, documents_of, embedded_documents, open_source, split_documents
 from kdkit.losses import IGNORE_INDEX
+from kdkit.rows import MappedRows, Rows, cached_rows, collate, count_tokens, empty_row, pack, row_lengths
+from kdkit.tokens import check_chat_template, make_rows, tokenize_documents, up_to
+
+__all__ = [
+    "Document", "MappedRows", "Rows", "Steps", "collate", "count_tokens", "describe_rows", "embedded_documents",
+    "empty_row", "load_rows", "pack", "row_lengths", "row_tokens", "show_row", "split_documents", "tokenize_documents",
+]  # fmt: skip
 
 # What the rows of a run depend on, but for the tokenizer.
-DATA_FIELDS = ("dataset", "text_column", "eval_dataset", "eval_fraction", "max_train_tokens", "max_eval_tokens")
-DATA_FIELDS += ("max_length", "packing")
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and where it came from. Documents of one source are never split between training and held-out."""
-
-    source: str
-    text: str
-
-
-# --- documents -----------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def embedded_documents() -> list[Document]:
-    """The text that every Python carries: the language reference's topics and the library's docstrings.
-
-    Some two million characters, read from the sources of the running interpreter, so that nothing needs to be
-    downloaded. Test suites and repeated texts are left out. The text differs a little between Python versions;
-    which module is held out does not, since that follows from its name.
-
-    Raises:
-        UsageError: if this Python came without the sources of its library.
-    """
-    documents, seen = [], set()
-
-    def add(source: str, name: str, text: str) -> None:
-        text = text.strip()
-        if len(text) >= 20 and text not in seen:
-            seen.add(text)
-            documents.append(Document(source, f"{name}\n\n{text}\n"))
-
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        topics = {}
-    for name, text in sorted(topics.items()):
-        add(f"topics/{name}", name, text)
-
-    root = Path(sysconfig.get_path("stdlib"))
-    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data"}
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if skip.intersection(relative.parts) or relative.parts[0].startswith("config-"):
-            continue
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue  # a template or a test of the parser, which holds no documentation
-        module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-        for name, docstring in _docstrings(tree, module):
-            add(relative.as_posix(), name, docstring)
-
-    if len(documents) < 1000:
-        raise UsageError(
-            f"the embedded text is made of the sources of Python's own library, and {root} holds only "
-            f"{len(documents)} documented objects (some 5,000 are usual). Use a Python that was installed with its "
-            "sources (python.org, conda, pyenv and uv all do), or give your own text: --dataset path/to/text.txt"
-        )
-    return documents
-
-
-def _docstrings(node: ast.AST, name: str):
-    """Yield (dotted name, docstring) of a module, its classes and functions, in the order of the source."""
-    if docstring := ast.get_docstring(node):
-        yield name, docstring
-    for child in node.body:
-        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield from _docstrings(child, f"{name}.{child.name}")
-
-
-def local_documents(path: Path, text_column: str) -> list[Document]:
-    """Read a .txt file (one document), a .jsonl or .json-lines file (one a line), or a folder of those.
-
-    Raises:
-        UsageError: a missing path, nothing to read in it, or a line that is not what it should be, with its number.
-    """
-    if not path.exists():
-        raise UsageError(f'dataset {path} does not exist: give a .txt or .jsonl file, a folder of those, or "embedded"')
-    suffixes = (".txt", ".jsonl", ".json")
-    files = sorted(p for p in path.rglob("*") if p.suffix in suffixes) if path.is_dir() else [path]
-    documents = []
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from None
-        if file.suffix in (".jsonl", ".json"):
-            documents += _json_lines(file, text, text_column)
-        elif text.strip():
-            documents.append(Document(str(file), text))
-    if not documents:
-        raise UsageError(f"{path} holds no text: no {', '.join(suffixes)} file with anything in it")
-    return documents
-
-
-def _json_lines(file: Path, text: str, text_column: str) -> list[Document]:
-    documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{file}, line {number} is not JSON ({error.msg}): one object a line is wanted") from None
-        if not isinstance(record, dict) or not isinstance(record.get(text_column), str):
-            found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise UsageError(
-                f"{file}, line {number} has no text in field {text_column!r} (found: {found}): "
-                "name the field with --text_column"
-            )
-        if record[text_column].strip():
-            documents.append(Document(f"{file}:{number}", record[text_column]))
-    return documents
-
-
-def split_documents(documents: list[Document], held_out: float) -> tuple[list[Document], list[Document]]:
-    """Split by a hash of each document's source: the same documents are held out on every machine and run.
-
-    Of a single document the last part is held out.
-    """
-
-    def is_held_out(document: Document) -> bool:
-        digest = hashlib.sha256(document.source.encode()).digest()
-        return int.from_bytes(digest[:8], "big") < held_out * 2**64
-
-    if len(documents) == 1:  # a single file: its end is held out
-        (document,) = documents
-        cut = int(len(document.text) * (1 - held_out))
-        cut = max(document.text.rfind("\n", 0, cut), document.text.rfind(" ", 0, cut), cut - 1000) + 1  # between words
-        return [Document(document.source, document.text[:cut])], [Document(document.source, document.text[cut:])]
-    train = [d for d in documents if not is_held_out(d)]
-    return train, [d for d in documents if is_held_out(d)]
-
-
-# --- rows ----------------------------------------------------------------------------------------------------
-
-
-def tokenize_documents(
-    documents: list[Document], tokenizer, max_length: int, max_tokens: int | None = None
-) -> list[dict]:
-    """Tokenise, shift by one, and cut into pieces of at most `max_length`.
-
-    The tokens of a document are those the tokenizer gives, special ones included, and its end-of-text token.
-    Token s is the input whose label is token s + 1, so that a document of n tokens gives n - 1 pairs; where a
-    document is cut, the first piece keeps the label that the second one starts with, so no label is lost.
-
-    Returns:
-        Rows, in the order of the documents, each of one document's piece; with `max_tokens`, as many as give so many
-        tokens. A text of one token gives none.
-    """
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows, total = [], 0
-    for first in range(0, len(documents), 100):
-        texts = [document.text for document in documents[first : first + 100]]
-        for ids in tokenizer(texts, verbose=False)["input_ids"]:
-            ids = ids if ids[-1:] == eos else ids + eos
-            inputs, labels = ids[:-1], ids[1:]  # the causal shift
-            for start in range(0, len(inputs), max_length):
-                if max_tokens is not None and total >= max_tokens:
-                    return rows
-                piece = slice(start, start + max_length)
-                positions = list(range(len(inputs[piece])))
-                rows.append({"input_ids": inputs[piece], "labels": labels[piece], "position_ids": positions})
-                total += len(positions)
-    return rows
-
-
-def pack(rows: list[dict], max_length: int) -> list[dict]:
-    """Join rows into fuller ones, best fit first: each goes where it leaves the least room (decreasing length).
-
-    Documents stay apart: positions start at 0 in each, from which transformers' attention (eager and sdpa) builds
-    a mask that lets none see another, and no label crosses a boundary, since the shift came before.
-    """
-    bins: list[list[dict]] = []
-    open_bins: dict[int, list[int]] = {}  # room left -> bins with just that room
-    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
-        length = len(row["input_ids"])
-        room = next((r for r in range(length, max_length) if open_bins.get(r)), max_length)
-        if room == max_length:
-            bins.append([])
-            index = len(bins) - 1
-        else:
-            index = open_bins[room].pop()
-        bins[index].append(row)
-        open_bins.setdefault(room - length, []).append(index)
-    return [{key: [x for row in group for x in row[key]] for key in group[0]} for group in bins]
-
-
-def collate(rows: list[dict], pad_token_id: int, length: int | None = None) -> dict[str, torch.Tensor]:
-    """Pad rows on the right to the longest (or to `length`) and stack them: three tensors of (B, S), int64.
-
-    Padding is a document of its own (positions from 0 again) with no label; it is told by its labels, never by its
-    token id, which may well be that of the end of text.
-    """
-    length = length or max(len(row["input_ids"]) for row in rows)
-    batch = {"input_ids": [], "labels": [], "position_ids": []}
-    for row in rows:
-        padding = length - len(row["input_ids"])
-        batch["input_ids"].append(row["input_ids"] + [pad_token_id] * padding)
-        batch["labels"].append(row["labels"] + [IGNORE_INDEX] * padding)
-        batch["position_ids"].append(row["position_ids"] + list(range(padding)))
-    return {key: torch.tensor(value) for key, value in batch.items()}
+DATA_FIELDS = (
+    "dataset", "dataset_config", "dataset_split", "dataset_revision", "streaming", "text_column", "messages_column",
+    "prompt_column", "completion_column", "chat_template", "eval_dataset", "eval_split", "eval_fraction",
+    "max_train_tokens", "max_eval_tokens", "max_length", "truncation_mode", "packing",
+)  # fmt: skip
+PACK_TOKENS = 2**22  # packed together: more would hardly fill rows better, and would have to be in memory
+CACHE_VERSION = 1  # to be raised when the same text gives other rows
 
 
 # --- a run's data --------------------------------------------------------------------------------------------
 
 
-def load_rows(config: DistillConfig, tokenizer) -> tuple[list[dict], list[dict]]:
+def load_rows(config: DistillConfig, tokenizer) -> tuple[Sequence[dict], Sequence[dict]]:
     """The training and the held-out rows of a run: read, split by document, tokenised, limited, packed.
 
+    The embedded text is tokenised in memory. Anything else is tokenised once, by whichever process comes first, and
+    kept as Arrow under the cache of `datasets`; other content, tokenizer or settings make another file.
+
     Raises:
-        UsageError: no text, or too little of it to hold some out.
+        UsageError: what `open_source` and `documents_of` raise; no chat template for conversations; nothing to learn;
+            or too little to hold some out.
     """
+    separate = config.eval_dataset is not None or config.eval_split is not None
+    eval_dataset, eval_split = config.eval_dataset or config.dataset, config.eval_split or config.dataset_split
+    parts = ("all", "all") if separate else ("train", "held_out")
+    return (
+        _part_rows(config, tokenizer, config.dataset, config.dataset_split, parts[0], config.max_train_tokens),
+        _part_rows(config, tokenizer, eval_dataset, eval_split, parts[1], config.max_eval_tokens),
+    )
 
-    def documents(name: str) -> list[Document]:
-        return embedded_documents() if name == "embedded" else local_documents(Path(name), config.text_column)
 
-    def rows(documents: list[Document], max_tokens: int | None) -> list[dict]:
+def _part_rows(config, tokenizer, name: str, split: str, part: str, max_tokens: int | None) -> Sequence[dict]:
+    counts: Counter = Counter()
+
+    def rows(documents: Iterable[Document]) -> Iterator[dict]:
+        rows = up_to(make_rows(documents, tokenizer, config.max_length, config.truncation_mode, counts), max_tokens)
+        for row in _pack_in_parts(rows, config.max_length) if config.packing else rows:
+            counts["tokens"] += count_tokens([row])
+            yield row
+
+    if name == "embedded":
+        documents = embedded_documents()
+        if part != "all":
+            documents = split_documents(documents, config.eval_fraction)[part == "held_out"]
         documents = random.Random(0).sample(documents, len(documents))  # the same text whatever the seed of the run
-        rows = tokenize_documents(documents, tokenizer, config.max_length, max_tokens)
-        return pack(rows, config.max_length) if config.packing else rows
-
-    if config.eval_dataset is None:
-        train, held_out = split_documents(documents(config.dataset), config.eval_fraction)
+        found = Rows(rows(documents), counts)
     else:
-        train, held_out = documents(config.dataset), documents(config.eval_dataset)
-    train_rows, eval_rows = rows(train, config.max_train_tokens), rows(held_out, config.max_eval_tokens)
-    for name, found in (("training", train_rows), ("held-out", eval_rows)):
-        if not found:
-            raise UsageError(
-                f"dataset {config.dataset} leaves no {name} text (eval_fraction {config.eval_fraction:g}): "
-                "give more text, another eval_fraction, or an eval_dataset"
-            )
-    return train_rows, eval_rows
+        source = open_source(config, name, split)
+        if source.kind != "texts":
+            check_chat_template(tokenizer, source.name)
+        file = _cache_file(config, tokenizer, source, part, max_tokens)
+        found = cached_rows(file, lambda: rows(documents_of(source, config, part)), counts, source.name)
+    if found:
+        return found
+    samples = found.counts["samples"]
+    if part == "all" or samples:
+        raise UsageError(
+            f"{name}, split {split}, has nothing to learn: of {samples:,} samples {found.counts['dropped']:,} have no "
+            "token in the loss (no turn of the assistant within max_length, or no text): give others, or raise it"
+        )
+    raise UsageError(
+        f"{name}, split {split}, leaves no {'training' if part == 'train' else 'held-out'} sample (eval_fraction "
+        f"{config.eval_fraction:g}): give more text, another eval_fraction, an eval_split or an eval_dataset"
+    )
 
 
-def count_tokens(rows: list[dict]) -> int:
-    """Tokens in the loss."""
-    return sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
+def _pack_in_parts(rows: Iterable[dict], max_length: int) -> Iterator[dict]:
+    waiting, tokens = [], 0
+    for row in rows:
+        waiting.append(row)
+        tokens += len(row["input_ids"])
+        if tokens >= PACK_TOKENS:
+            yield from pack(waiting, max_length)
+            waiting, tokens = [], 0
+    yield from pack(waiting, max_length)
 
 
-def empty_row(pad_token_id: int) -> dict:
-    """A row without a label, for a rank that has none left but has to take part in what the ranks do together."""
-    return {"input_ids": [pad_token_id], "labels": [IGNORE_INDEX], "position_ids": [0]}
+def _cache_file(config, tokenizer, source: Source, part: str, max_tokens: int | None) -> Path:
+    import datasets
+
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
+    key = [
+        CACHE_VERSION, source.fingerprint, source.kind, source.columns, part, config.eval_fraction, max_tokens,
+        config.max_length, config.truncation_mode, config.packing, config.streaming, backend, tokenizer.eos_token,
+        tokenizer.chat_template if source.kind != "texts" else None,
+    ]  # fmt: skip
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    return Path(datasets.config.HF_DATASETS_CACHE) / "kdkit" / f"{name}.arrow"
+
+
+def describe_rows(rows: Sequence[dict], config: DistillConfig) -> list[str]:
+    """Lines about what was cut and left out when the rows were made."""
+    counts, lines = getattr(rows, "counts", Counter()), []
+    if counts["too_long"]:
+        mode = config.truncation_mode or "split if texts, keep_start if conversations"
+        lines.append(
+            f"{counts['too_long']:,} of {counts['samples']:,} samples have over {config.max_length:,} tokens: {mode}"
+        )
+    if counts["dropped"]:
+        lines.append(f"{counts['dropped']:,} of {counts['samples']:,} samples are left out: nothing in them to learn")
+    return lines
 
 
 class Steps(Dataset):
@@ -288,6 +152,7 @@ class Steps(Dataset):
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * num_ranks
         self.steps_per_epoch = math.ceil(len(rows) / self.rows_per_step)
         self.num_steps = config.max_steps or math.ceil(config.num_epochs * self.steps_per_epoch)
+        self.lengths = row_lengths(rows) if config.group_by_length else None
         self._order: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:
@@ -298,9 +163,33 @@ class Steps(Dataset):
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             order = list(range(len(self.rows)))
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._order = (epoch, order)
+            shuffle = random.Random(f"{self.seed}/{epoch}").shuffle
+            shuffle(order)
+            self._order = (epoch, self._group(order, shuffle) if self.lengths else order)
         return self._order[1][position * self.rows_per_step : (position + 1) * self.rows_per_step]
+
+    def _group(self, order: list[int], shuffle) -> list[int]:
+        """Sort by length within some fifty steps, so that each has rows of one length, and shuffle those steps."""
+        grouped = []
+        for start in range(0, len(order), 50 * self.rows_per_step):
+            part = sorted(order[start : start + 50 * self.rows_per_step], key=lambda row: -self.lengths[row])
+            steps = [part[i : i + self.rows_per_step] for i in range(0, len(part), self.rows_per_step)]
+            rest = [steps.pop()] if len(steps[-1]) < self.rows_per_step else []  # at the end of the epoch
+            shuffle(steps)
+            grouped += [row for step in steps + rest for row in step]
+        return grouped
+
+    def useful_share(self) -> float:
+        """Tokens in the loss by positions that are computed, padding included, in an epoch on all ranks."""
+        lengths, positions = self.lengths or row_lengths(self.rows), 0
+        for step in range(self.steps_per_epoch):
+            step_rows = self.step_rows(step)
+            for rank in range(self.num_ranks):
+                mine = [lengths[row] for row in step_rows[rank :: self.num_ranks]]
+                for start in range(0, len(mine), self.batch_size):
+                    micro_batch = mine[start : start + self.batch_size]
+                    positions += max(micro_batch) * len(micro_batch)
+        return count_tokens(self.rows) / positions
 
     def __getitem__(self, step: int) -> list[dict[str, torch.Tensor]]:
         if not 0 <= step < self.num_steps:
@@ -314,3 +203,59 @@ class Steps(Dataset):
             rows = [self.rows[index] for index in indices] or [empty_row(self.pad_token_id)]
             micro_batches.append({**collate(rows, self.pad_token_id), "train_rows": indices})
         return micro_batches
+
+
+# --- a look --------------------------------------------------------------------------------------------------
+
+
+def row_tokens(row: dict) -> Iterator[tuple[int, bool, bool]]:
+    """The tokens of a row, labels included: (id, whether it is in the loss, whether a document starts with it).
+
+    A token is in the loss as the label of the one before it, so the first of a document never is.
+    """
+    for index, position in enumerate(row["position_ids"]):
+        if position == 0:
+            yield row["input_ids"][index], False, True
+        if row["labels"][index] != IGNORE_INDEX:
+            yield row["labels"][index], True, False
+        elif row["position_ids"][index + 1 : index + 2] not in ([], [0]):
+            yield row["input_ids"][index + 1], False, False
+
+
+def show_row(row: dict, tokenizer, colour: bool = True) -> str:
+    """A row as text, with what is in the loss told from what is not: green and grey, or [between brackets]."""
+    shown = []
+    for learned, group in itertools.groupby(row_tokens(row), key=lambda token: token[1]):
+        for number, (token, _, starts) in enumerate(group):
+            edge = "[" if learned and number == 0 and not colour else ""
+            text = tokenizer.decode([token])
+            shown.append(("\n---\n" if starts and shown else "") + edge)
+            shown.append(f"\033[{32 if learned else 90}m{text}\033[0m" if colour else text)
+        shown.append("]" if learned and not colour else "")
+    return "".join(shown)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`python -m kdkit.data [--config recipe.yaml] [--field value ...]`: what a run would read, and its first rows."""
+    from kdkit.models import load_tokenizer
+
+    try:
+        config = load_config(argv)
+        tokenizer = load_tokenizer(config)
+        train_rows, eval_rows = load_rows(config, tokenizer)
+    except UsageError as error:
+        sys.exit(f"kdkit: {error}")
+    steps = Steps(train_rows, config, tokenizer.pad_token_id)
+    print(
+        f"{config.dataset}: {len(train_rows):,} rows, {count_tokens(train_rows):,} tokens in the loss "
+        f"({steps.useful_share():.0%} of the positions); held out {count_tokens(eval_rows):,}",
+        *describe_rows(train_rows, config),
+        sep="\n",
+    )
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for index in range(min(3, len(train_rows))):
+        print(f"\n=== row {index} ===\n{show_row(train_rows[index], tokenizer, colour)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ Shapes: N tokens in the loss, V vocabulary, p the teacher's distribution, q the 
 
 import argparse
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -135,6 +136,18 @@ def evaluate(
     }
 
 
+def describe_start(metrics: dict[str, float]) -> str:
+    """What the evaluation before the first step says: how far the student is from a teacher worth learning from."""
+    teacher, student = metrics["eval/teacher_ce_loss"], metrics["eval/ce_loss"]
+    line = f"before   held-out CE: teacher {teacher:.3f}, student {student:.3f}; KL {metrics['eval/kl_t1']:.3f}"
+    if teacher > student:
+        line += (
+            "\nwarning  the teacher is worse than the student on this data: it would teach noise. Check that it is the "
+            "right model, that its chat template is the data's, or train the teacher on such data first"
+        )
+    return line
+
+
 # --- comparing runs ------------------------------------------------------------------------------------------
 
 COLUMNS = {  # heading -> key, format
@@ -144,6 +157,13 @@ COLUMNS = {  # heading -> key, format
     "top-1 agreement": ("eval/top1_agreement", "{:.1%}"),
     "acceptance": ("eval/acceptance_rate", "{:.1%}"),
 }
+
+
+COMPARABLE = (  # what has to be the same for two runs' numbers to be of the same tokens
+    "teacher_model", "teacher_revision", "chat_template", "dataset", "dataset_config", "dataset_split",
+    "dataset_revision", "eval_dataset", "eval_split", "eval_fraction", "text_column", "messages_column",
+    "prompt_column", "completion_column", "max_eval_tokens", "max_length", "truncation_mode",
+)  # fmt: skip
 
 
 def compare(run_dirs: list[str], prompt: str | None = None, max_new_tokens: int = 40) -> str:
@@ -162,11 +182,11 @@ def compare(run_dirs: list[str], prompt: str | None = None, max_new_tokens: int 
     configs = {run: _finished_run(run) for run in run_dirs}
     first = configs[run_dirs[0]]
     for run, config in configs.items():
-        for name in ("teacher_model", "dataset", "eval_dataset", "eval_fraction", "max_eval_tokens", "max_length"):
+        for name in COMPARABLE:
             if getattr(config, name) != getattr(first, name):
                 raise UsageError(f"{run} has another {name} than {run_dirs[0]}: their numbers cannot be compared")
     tokenizer = load_tokenizer(first)
-    teacher = load_teacher(first.teacher_model, torch.float32)
+    teacher = load_teacher(first.teacher_model, config=replace(first, teacher_dtype="float32"))
     _, rows = load_rows(first, tokenizer)
     prompt = prompt or tokenizer.decode(rows[0]["input_ids"][:24], skip_special_tokens=True)
 

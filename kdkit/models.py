@@ -1,4 +1,4 @@
-"""Load the teacher and the student, freeze the one, start the other, and check that they fit each other.
+"""Load the teacher and the student, freeze the one and start the other. Whether they fit is checked in `kdkit.pair`.
 
 Shapes: B rows, S tokens, H hidden width, V entries of a head.
 """
@@ -7,14 +7,19 @@ import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from kdkit.config import DistillConfig, UsageError
+from kdkit.hub import ASSETS, load_pretrained, resolve
+from kdkit.pair import Pair, check_pair
 
-ASSETS = Path(__file__).parent / "assets"
+__all__ = [
+    "ASSETS", "BodyAndHead", "Pair", "check_models", "check_pair", "count_parameters", "load_student",
+    "load_student_config", "load_teacher", "load_tokenizer", "resolve", "student_from_layers", "teacher_dtype",
+    "teacher_folder",
+]  # fmt: skip
 
 
 class BodyAndHead(nn.Module):
@@ -46,72 +51,105 @@ class BodyAndHead(nn.Module):
 # --- loading -------------------------------------------------------------------------------------------------
 
 
-def resolve(name: str, role: str) -> str:
-    """The folder of "embedded", and any other name as it is.
+def _model_options(config: DistillConfig | None) -> dict:
+    """What both models are loaded with: weights that run no code when they are read, and the attention asked for."""
+    options = {"use_safetensors": True}
+    if config is not None and config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    return options
+
+
+def check_models(config: DistillConfig) -> None:
+    """Look at both models before the data is read and the weights are: their configs, and local weights' files.
 
     Raises:
-        UsageError: a name that can only be a folder, and is not one with a model in it.
+        UsageError: no such model, a folder that is none, no safetensors file in it, or a truncated one.
     """
-    if name == "embedded":
-        return str(ASSETS / f"embedded_{role}")
-    path = Path(name).expanduser()
-    looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UsageError(f"{role}_model {name} is a folder without a config.json: give a Hugging Face model folder")
-    if looks_like_path and not path.is_dir() and "/" in name:
-        raise UsageError(f"{role}_model {name} does not exist: give a model folder, a hub id, or embedded")
-    return str(path) if path.is_dir() else name
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig
+
+    names = {"teacher": config.teacher_model}
+    if config.student_layers is None:
+        names["student"] = config.student_model
+    for role, name in names.items():
+        load_pretrained(AutoConfig, name, role, config)
+        folder = Path(resolve(name, role))
+        from_config = role == "student" and (config.student_random_init or name == "embedded")
+        stored = role == "teacher" and config.targets != "online" and config.student_layers is None
+        if from_config or stored or not folder.is_dir():
+            continue
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise UsageError(
+                f"{role}_model {name} has no *.safetensors file, the only kind of weights that kdkit reads: load it "
+                "with transformers and save_pretrained it"
+            )
+        for file in files:
+            try:
+                safe_open(file, framework="pt").__enter__()
+            except (SafetensorError, OSError) as error:
+                raise UsageError(
+                    f"{role}_model {name}: {file.name} is truncated or no safetensors file ({error}): "
+                    "download or copy it again"
+                ) from error
 
 
-def _load(auto_class, name: str, role: str, **options):
-    """from_pretrained, with what transformers raises for a wrong name turned into one line."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of reading a file; downloads keep theirs
-    try:
-        return auto_class.from_pretrained(resolve(name, role), **options)
-    except UsageError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"{role}_model {name} could not be loaded: {reason} "
-            "(give a model folder, or a hub id with the network up and, for a gated model, after `hf auth login`)"
-        ) from error
-
-
-def model_folder(name: str) -> Path | None:
-    """Where the files of a model are on this machine; None where they are not."""
+def teacher_folder(config: DistillConfig) -> Path | None:
+    """Where the teacher's files are on this machine; None where they are not."""
     from huggingface_hub import try_to_load_from_cache
 
-    path = Path(resolve(name, "teacher"))
+    path = Path(resolve(config.teacher_model, "teacher"))
     if path.is_dir():
         return path
-    found = try_to_load_from_cache(name, "config.json")
+    found = try_to_load_from_cache(config.teacher_model, "config.json", revision=config.teacher_revision)
     return Path(found).parent if isinstance(found, str) else None
 
 
+def teacher_dtype(config: DistillConfig, mixed_precision: str) -> torch.dtype:
+    """The type of the teacher's weights and hidden states in a run."""
+    if config.teacher_dtype != "auto":
+        return getattr(torch, config.teacher_dtype)
+    return torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+
+
 def load_tokenizer(config: DistillConfig):
-    """The teacher's tokenizer, which is the run's. Padding falls back to the end of text; labels tell them apart."""
+    """The teacher's tokenizer, which is the run's. Padding falls back to the end of text; labels tell them apart.
+
+    Raises:
+        UsageError: no such model, nothing to pad with, or a chat_template that is no file.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = _load(AutoTokenizer, config.teacher_model, "teacher")
+    tokenizer = load_pretrained(AutoTokenizer, config.teacher_model, "teacher", config)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise UsageError(f"the tokenizer of {config.teacher_model} has neither a pad nor an eos token: set one")
+    if config.chat_template is not None:
+        if not Path(config.chat_template).is_file():
+            raise UsageError(f"chat_template {config.chat_template} does not exist: give a file with a Jinja template")
+        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
     return tokenizer
 
 
-def load_teacher(name: str = "embedded", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+def load_teacher(
+    name: str = "embedded", dtype: torch.dtype = torch.bfloat16, config: DistillConfig | None = None
+) -> nn.Module:
     """The teacher, frozen: in eval mode (dropout in it would be noise in the target) and without gradients.
+
+    Args:
+        name: "embedded", a folder or a hub id.
+        dtype: of its weights, where the configuration leaves it open.
+        config: for the revision, the type, the attention and remote code.
 
     Raises:
         UsageError: no such model.
     """
     from transformers import AutoModelForCausalLM
 
-    teacher = _load(AutoModelForCausalLM, name, "teacher", dtype=dtype)
+    if config is not None and config.teacher_dtype != "auto":
+        dtype = getattr(torch, config.teacher_dtype)
+    teacher = load_pretrained(AutoModelForCausalLM, name, "teacher", config, dtype=dtype, **_model_options(config))
     return teacher.requires_grad_(False).eval()
 
 
@@ -119,7 +157,7 @@ def load_student_config(config: DistillConfig):
     """The transformers config of `student_model`."""
     from transformers import AutoConfig
 
-    return _load(AutoConfig, config.student_model, "student")
+    return load_pretrained(AutoConfig, config.student_model, "student", config)
 
 
 def load_student(config: DistillConfig, teacher: nn.Module) -> nn.Module:
@@ -135,12 +173,14 @@ def load_student(config: DistillConfig, teacher: nn.Module) -> nn.Module:
 
     if config.student_layers is not None:
         if isinstance(teacher, BodyAndHead):  # its targets alone: it is read once, for its layers
-            teacher = load_teacher(config.teacher_model, torch.float32)
+            teacher = load_teacher(config.teacher_model, torch.float32, config)
         return student_from_layers(teacher, config.student_layers).train()
-    name = config.student_model
+    name, options = config.student_model, _model_options(config)
     if config.student_random_init or name == "embedded":
-        return AutoModelForCausalLM.from_config(load_student_config(config), dtype=torch.float32).train()
-    return _load(AutoModelForCausalLM, name, "student", dtype=torch.float32).train()
+        options.pop("use_safetensors")
+        options["trust_remote_code"] = config.trust_remote_code
+        return AutoModelForCausalLM.from_config(load_student_config(config), dtype=torch.float32, **options).train()
+    return load_pretrained(AutoModelForCausalLM, name, "student", config, dtype=torch.float32, **options).train()
 
 
 def student_from_layers(teacher: nn.Module, layers: list[int] | int) -> nn.Module:
@@ -176,89 +216,6 @@ def student_from_layers(teacher: nn.Module, layers: list[int] | int) -> nn.Modul
     }
     student.load_state_dict({name: source[origin] for name, origin in names.items()})
     return student
-
-
-# --- the pair ------------------------------------------------------------------------------------------------
-
-
-class Pair(NamedTuple):
-    """What `check_pair` found: the entries that both heads have, and lines that tell."""
-
-    vocab_size: int
-    report: list[str]
-
-
-def check_pair(config: DistillConfig, teacher: nn.Module, student: nn.Module, tokenizer) -> Pair:
-    """Check, before anything is trained, that the divergence of these two means something.
-
-    Both have to give each token the same id: the maps are compared, not their sizes. Heads may be padded to different
-    widths; both are cut to the narrower. A head must be a plain product, hidden @ head^T.
-
-    Raises:
-        UsageError: another tokenizer, a head without a row for each token, or a head with more to it than a product.
-    """
-    starts_from_weights = config.student_layers is None and not config.student_random_init
-    if starts_from_weights and config.student_model != "embedded":
-        _check_tokenizers(config, tokenizer)
-    stored = isinstance(teacher, BodyAndHead)  # no body: it was looked at when its targets were stored
-    teacher_head = teacher.head if stored else teacher.get_output_embeddings().weight
-    rows = {"teacher": len(teacher_head), "student": len(student.get_output_embeddings().weight)}
-    entries = max(tokenizer.get_vocab().values()) + 1
-    for role, model in (("teacher", teacher), ("student", student)):
-        if rows[role] < entries:
-            raise UsageError(
-                f"the {role}'s head has {rows[role]} rows for a tokenizer of {entries} entries: "
-                f"call resize_token_embeddings({entries}) on it, or use a {role} made for this tokenizer"
-            )
-        empty = any(parameter.is_meta for parameter in model.parameters())  # rank 0 has the weights, and looks
-        if not empty and not (role == "teacher" and stored):
-            _check_plain_head(model, role)
-    vocab_size = min(rows.values())
-    report = [f"tokenizer: {entries:,} entries, the same for both"]
-    if rows["teacher"] != rows["student"]:
-        report.append(
-            f"heads: {rows['teacher']:,} and {rows['student']:,} rows, both cut to {vocab_size:,} before the softmax"
-        )
-    return Pair(vocab_size, report)
-
-
-def _check_tokenizers(config: DistillConfig, tokenizer) -> None:
-    from transformers import AutoTokenizer
-
-    other = _load(AutoTokenizer, config.student_model, "student").get_vocab()
-    ours = tokenizer.get_vocab()
-    if ours == other:
-        return
-    differing = sorted({t for t in ours.keys() | other.keys() if ours.get(t) != other.get(t)}, key=str)
-    examples = ", ".join(f"{t!r} ({ours.get(t, 'none')} and {other.get(t, 'none')})" for t in differing[:3])
-    raise UsageError(
-        f"teacher {config.teacher_model} and student {config.student_model} have different tokenizers: "
-        f"{len(differing):,} tokens differ in their ids, such as {examples}. Their distributions are over different "
-        "things; use a pair of one family, or start the student from the teacher with --student_layers"
-    )
-
-
-def _check_plain_head(model: nn.Module, role: str) -> None:
-    """Compare the model's own logits with hidden @ head^T on a few tokens: soft caps, scales and biases show."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        ids = torch.arange(4, device=device)[None]
-        output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
-        hidden = output.hidden_states[-1]
-        logits = hidden.float() @ model.get_output_embeddings().weight.float().T
-        difference = (logits - output.logits.float()).abs().max()
-    model.train(was_training)
-    if difference > 0.05 * output.logits.float().abs().max() + 1e-3:
-        names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-        found = [f"{name} = {getattr(model.config, name)}" for name in names if getattr(model.config, name, None)]
-        if getattr(model.get_output_embeddings(), "bias", None) is not None:
-            found.append("a bias in the head")
-        raise UsageError(
-            f"the {role}'s logits are not hidden @ head^T ({', '.join(found) or 'by an unknown step'}), "
-            "which the loss does not apply: use a model with a plain head"
-        )
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -41,7 +41,17 @@ from kdkit.data import DATA_FIELDS, collate, empty_row, load_rows
 from kdkit.devices import leave_processes, place_teacher, start_accelerator
 from kdkit.fused import precise_logits
 from kdkit.losses import IGNORE_INDEX, TopK, top_k
-from kdkit.models import BodyAndHead, count_parameters, load_student_config, load_teacher, load_tokenizer, model_folder
+from kdkit.models import (
+    BodyAndHead,
+    check_models,
+    count_parameters,
+    load_student_config,
+    load_teacher,
+    load_tokenizer,
+    teacher_dtype,
+    teacher_folder,
+)
+from kdkit.pair import context_of
 
 Targets = Callable[[dict], tuple[Tensor | TopK | None, Tensor | None]]
 
@@ -65,19 +75,20 @@ def none() -> Targets:
     return lambda batch: (None, None)
 
 
-def open_teacher(config: DistillConfig, tokenizer, train_rows: list[dict], eval_rows: list[dict], dtype: torch.dtype):
+def open_teacher(config: DistillConfig, mixed_precision: str, tokenizer, train_rows, eval_rows):
     """The frozen teacher of a run: a transformers model, or, as `targets` says, what is stored of one.
 
     Args:
         config: the run's.
+        mixed_precision: accelerate's.
         tokenizer, train_rows, eval_rows: the run's, which have to be those of the stored targets.
-        dtype: of the teacher's weights and hidden states.
 
     Raises:
         UsageError: no such model; stored targets that are not there, not whole, or were made for something else.
     """
+    dtype = teacher_dtype(config, mixed_precision)
     if config.targets == "online":
-        return load_teacher(config.teacher_model, dtype)
+        return load_teacher(config.teacher_model, dtype, config)
     return StoredTeacher(config, tokenizer, train_rows, eval_rows, dtype)
 
 
@@ -95,7 +106,7 @@ class StoredTeacher(BodyAndHead):
         vocab_size = _shared_vocabulary(config, layout["head_rows"])
         now = _made_for(config, tokenizer, train_rows, eval_rows, dtype, vocab_size)
         _check_made_for(self.folder, self.made_for, now)
-        self.kind, self.num_parameters = config.targets, layout["num_parameters"]
+        self.kind, self.num_parameters, self.context = config.targets, layout["num_parameters"], layout["context"]
         self.parts = {
             "train_rows": Parts(self.folder, "train", train_rows, layout["train"]),
             "eval_rows": Parts(self.folder, "eval", eval_rows, layout["eval"]),
@@ -228,7 +239,7 @@ def _made_for(config, tokenizer, train_rows, eval_rows, dtype: torch.dtype, voca
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     made_for = {
         "targets": config.targets,
-        "teacher_model": teacher_fingerprint(config.teacher_model),
+        "teacher_model": teacher_fingerprint(config),
         "tokenizer": _digest(json.dumps([sorted(tokenizer.get_vocab().items()), special]).encode()),
         "dtype": str(dtype).removeprefix("torch."),
         **{name: getattr(config, name) for name in DATA_FIELDS},
@@ -252,12 +263,12 @@ def _check_made_for(folder: Path, made_for: dict, now: dict) -> None:
         )
 
 
-def teacher_fingerprint(name: str) -> str | None:
-    """A digest of a model's config.json and of samples of its weights; None where its files are not on this machine.
+def teacher_fingerprint(config: DistillConfig) -> str | None:
+    """A digest of the teacher's config.json and of samples of its weights; None where they are not on this machine.
 
     Files of up to 16 MiB are read whole. Of larger ones samples do: when a model is trained on, all weights change.
     """
-    folder = model_folder(name)
+    folder = teacher_folder(config)
     files = [] if folder is None else sorted(folder.glob("*.safetensors"))
     if not files:
         return None
@@ -321,16 +332,17 @@ def store(config: DistillConfig) -> Path:
     if config.targets == "online":
         raise UsageError("targets is 'online', expected 'hidden' or 'top_k': what to store of the teacher")
     accelerator = start_accelerator()
+    check_models(config)
     tokenizer, folder = load_tokenizer(config), Path(config.targets_dir)
     rows = dict(zip(("train", "eval"), load_rows(config, tokenizer), strict=True))
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    teacher = load_teacher(config.teacher_model, dtype)
+    dtype = teacher_dtype(config, accelerator.mixed_precision)
+    teacher = load_teacher(config.teacher_model, dtype, config)
     head_rows, width = teacher.get_output_embeddings().weight.shape
     vocab_size = _shared_vocabulary(config, head_rows)
     if config.targets == "top_k" and config.top_k > vocab_size:
         raise UsageError(f"top_k is {config.top_k}, expected at most {vocab_size}, the entries of the vocabulary")
 
-    layout = {"head_rows": head_rows, "num_parameters": count_parameters(teacher)}
+    layout = {"head_rows": head_rows, "num_parameters": count_parameters(teacher), "context": context_of(teacher)}
     for name in rows:
         kind = config.targets if name == "train" else "hidden"
         tensors = _tensors(kind, width, config.top_k, vocab_size, dtype)

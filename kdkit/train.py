@@ -25,12 +25,19 @@ from kdkit.checkpoint import (
     save_checkpoint,
 )
 from .config import DistillConfig, UsageError, load_config
-from .data import Steps, count_tokens, load_rows
+from .data import Steps, count_tokens, describe_rows, load_rows
 from .devices import clip_gradients, leave_processes, place_teacher, start_accelerator
-from .evaluate import evaluate
+from .evaluate import describe_start, evaluate
 from .fused import fused_kd_loss
 from .losses import IGNORE_INDEX, dense_kd_loss
-from .models import BodyAndHead, check_pair, count_parameters, load_student, load_tokenizer
+from kdkit.models import (
+    BodyAndHead,
+    check_models,
+    check_pair,
+    count_parameters,
+    load_student,
+    load_tokenizer,
+)
 from .tracking import Tracker
 
 # %% ../notebooks/03_train.ipynb #e814ca83
@@ -78,7 +85,8 @@ def describe(config, accelerator, teacher, student, pair, steps, eval_rows) -> s
         *(f"         {line}" for line in pair.report),
         f"{config.loss_formula}, in nats per token",
         f"text     {config.dataset}: {len(steps.rows):,} rows, {tokens:,} tokens in the loss"
-        f" ({tokens / (len(steps.rows) * config.max_length):.0%} of their room); held out {count_tokens(eval_rows):,}",
+        f" ({steps.useful_share():.0%} of the positions computed); held out {count_tokens(eval_rows):,}",
+        *(f"         {line}" for line in describe_rows(steps.rows, config)),
         f"step     {config.batch_size} rows x {config.gradient_accumulation_steps} micro-batches x {ranks} ranks"
         f" = {steps.rows_per_step} rows, about {tokens_per_step:,.0f} tokens",
         f"run      {len(steps):,} steps = {len(steps) / steps.steps_per_epoch:.1f} epochs,"
@@ -109,11 +117,11 @@ def train(config: DistillConfig, watch=None) -> list[dict]:
     device, is_main = accelerator.device, accelerator.is_main_process
     set_seed(config.seed)
 
+    check_models(config)
     tokenizer = load_tokenizer(config)
     train_rows, eval_rows = load_rows(config, tokenizer)
     steps = Steps(train_rows, config, tokenizer.pad_token_id, accelerator.process_index, accelerator.num_processes)
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    teacher = targets.open_teacher(config, tokenizer, train_rows, eval_rows, dtype)  # or what is stored of one
+    teacher = targets.open_teacher(config, accelerator.mixed_precision, tokenizer, train_rows, eval_rows)
     student = load_student(config, teacher)
     pair = check_pair(config, teacher, student, tokenizer)
     accelerator.wait_for_everyone()  # all have read what is in the folder
@@ -134,7 +142,8 @@ def train(config: DistillConfig, watch=None) -> list[dict]:
     tracker = Tracker(config, step=start, enabled=is_main, watch=watch)
     accelerator.print(f"teacher  {place}\n{tracker.where}" + describe_resume(checkpoint, steps.rows_per_step))
     if start == 0:
-        tracker.log_evaluation(measure(), step=0, epoch=0.0)
+        tracker.log_evaluation(first := measure(), step=0, epoch=0.0)
+        accelerator.print(describe_start(first))
 
     # a generator of its own: making the iterator would otherwise draw from the random numbers of dropout
     loader = DataLoader(Subset(steps, range(start, len(steps))), batch_size=None, generator=torch.Generator())

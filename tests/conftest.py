@@ -1,8 +1,12 @@
 """What the tests share: one thread, no network, small runs of the embedded pair."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="kdkit-test-cache-")  # of this process alone
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only wait for each other
 
@@ -12,6 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 from kdkit import DistillConfig
 
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
 
 

@@ -1,5 +1,8 @@
 import json
-import sysconfig
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +14,14 @@ from kdkit.data import (
     Steps,
     collate,
     count_tokens,
-    local_documents,
     pack,
-    split_documents,
+    row_lengths,
+    show_row,
     tokenize_documents,
 )
 from kdkit.losses import IGNORE_INDEX
 from kdkit.models import BodyAndHead, load_teacher, load_tokenizer
+from kdkit.rows import cached_rows
 
 
 @pytest.fixture(scope="module")
@@ -31,84 +35,7 @@ def documents(*texts):
     return [Document(f"d{i}", text) for i, text in enumerate(texts)]
 
 
-# --- documents
-
-
-def test_the_embedded_text_is_real_and_the_same_each_time():
-    found = data.embedded_documents()
-    assert found == data.embedded_documents.__wrapped__()
-    assert len(found) > 4000 and sum(len(d.text) for d in found) > 1_500_000
-    assert any("Acquire" in d.text and d.source == "asyncio/locks.py" for d in found)
-
-
-def test_no_source_is_in_both_parts_and_the_split_does_not_depend_on_the_others():
-    found = data.embedded_documents()
-    train, held_out = split_documents(found, 0.08)
-    assert len(train) + len(held_out) == len(found)
-    assert not {d.source for d in train} & {d.source for d in held_out}
-    assert not {d.text for d in train} & {d.text for d in held_out}
-    assert split_documents(found[:1000], 0.08)[1] == [d for d in found[:1000] if d in set(held_out)]
-
-
-def test_a_python_without_sources_is_told_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(UsageError, match=r"sources.*--dataset"):
-        data.embedded_documents.__wrapped__()
-
-
-def test_a_single_document_has_its_end_held_out():
-    (train,), (held_out,) = split_documents([Document("d", "one two three four five six seven eight nine ten")], 0.2)
-    assert train.text + held_out.text == "one two three four five six seven eight nine ten"
-    assert held_out.text == "eight nine ten"
-
-
-def test_text_and_json_lines_are_read(tmp_path):
-    (tmp_path / "a.txt").write_text("first")
-    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "second"}) + "\n\n" + json.dumps({"text": "third"}) + "\n")
-    assert [d.text for d in local_documents(tmp_path, "text")] == ["first", "second", "third"]
-
-
-@pytest.mark.parametrize(
-    "name, content, named",
-    [
-        ("a.txt", "", ["a.txt", "no text"]),
-        ("a.txt", "  \n", ["a.txt", "no text"]),
-        ("a.txt", b"\xff\xfe\x00", ["a.txt", "UTF-8"]),
-        ("a.jsonl", '{"text": "x"}\n{"text": ', ["a.jsonl", "line 2", "not JSON"]),
-        ("a.jsonl", '{"body": "x"}', ["line 1", "'text'", "body", "--text_column"]),
-        ("a.jsonl", "[1]", ["line 1", "list"]),
-    ],
-)
-def test_what_cannot_be_read_is_named(tmp_path, name, content, named):
-    file = tmp_path / name
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UsageError) as error:
-        local_documents(file, "text")
-    assert all(word in str(error.value) for word in named), str(error.value)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UsageError, match=r"nothing\.txt does not exist"):
-        local_documents(tmp_path / "nothing.txt", "text")
-
-
 # --- rows
-
-
-def test_each_token_is_the_label_of_the_one_before(tokenizer):
-    (row,) = tokenize_documents(documents("def f(): pass"), tokenizer, 64)
-    ids = tokenizer("def f(): pass")["input_ids"] + [tokenizer.eos_token_id]
-    assert row["input_ids"] == ids[:-1] and row["labels"] == ids[1:]
-    assert row["input_ids"][0] == tokenizer.bos_token_id and row["labels"][-1] == tokenizer.eos_token_id
-    assert row["position_ids"] == list(range(len(ids) - 1))
-
-
-def test_cutting_a_document_loses_no_label(tokenizer):
-    (whole,) = tokenize_documents(documents("words and words " * 20), tokenizer, 1000)
-    pieces = tokenize_documents(documents("words and words " * 20), tokenizer, 16)
-    assert len(pieces) > 3 and all(len(piece["input_ids"]) <= 16 for piece in pieces)
-    for key in ("input_ids", "labels"):
-        assert [x for piece in pieces for x in piece[key]] == whole[key]
 
 
 def test_packing_keeps_every_row_whole_and_fills_the_room(tokenizer):
@@ -136,14 +63,6 @@ def test_a_document_in_a_pack_has_the_hidden_states_of_it_alone(tokenizer, atten
             alone = BodyAndHead(model)(collate([row], 0), lambda hidden, head: hidden)[0]
             torch.testing.assert_close(packed[start : start + len(alone)], alone, rtol=1e-4, atol=1e-5)
             start += len(alone)
-
-
-def test_the_end_of_text_is_learned_even_where_it_is_the_padding(tokenizer):
-    eos = tokenizer.eos_token_id
-    rows = tokenize_documents(documents("a", "a much longer text"), tokenizer, 64)
-    batch = collate(rows, pad_token_id=eos)
-    assert [(labels == eos).sum().item() for labels in batch["labels"]] == [1, 1]
-    assert (batch["labels"][0] == IGNORE_INDEX).sum() == len(rows[1]["labels"]) - len(rows[0]["labels"])
 
 
 # --- steps
@@ -199,6 +118,29 @@ def test_epochs_or_steps(small):
         steps_of(small, rows, micro=4, accumulation=2, max_steps=5)[0][5]
 
 
+def test_rows_are_grouped_by_length_with_each_row_once(small):
+    rows = [{"input_ids": [i] * n, "labels": [i] * n, "position_ids": [0] * n} for i, n in enumerate([3, 60, 9] * 70)]
+    fields = {"micro": 4, "accumulation": 2, "max_steps": 54, "packing": False}
+    (plain,), (grouped,) = steps_of(small, rows, **fields), steps_of(small, rows, group_by_length=True, **fields)
+    for epoch in (0, 1):
+        steps = [grouped.step_rows(epoch * 27 + step) for step in range(27)]
+        assert sorted(row for step in steps for row in step) == list(range(210)) and len(steps[-1]) == 2
+        assert sum(len({len(rows[row]["input_ids"]) for row in step}) == 1 for step in steps) > 20
+        lengths = [len(rows[step[0]]["input_ids"]) for step in steps]
+        assert lengths != sorted(lengths) and lengths != sorted(lengths, reverse=True)
+    assert grouped.step_rows(0) != grouped.step_rows(27)  # another order in the next epoch
+    assert grouped.useful_share() > 0.9 > 0.6 > plain.useful_share()
+
+
+def test_the_useful_share_is_what_the_batches_hold(small):
+    rows = numbered_rows(19)
+    ranks = steps_of(small, rows, micro=3, accumulation=2, ranks=2, max_steps=2)
+    labels = [batch["labels"] for rank in ranks for step in range(2) for batch in rank[step]]
+    filled = [batch for batch in labels if (batch != IGNORE_INDEX).any()]
+    share = sum((batch != IGNORE_INDEX).sum().item() for batch in filled) / sum(batch.numel() for batch in filled)
+    assert ranks[0].useful_share() == pytest.approx(share)
+
+
 # --- a run's data
 
 
@@ -209,7 +151,156 @@ def test_limits_are_kept_and_the_text_does_not_change_with_the_seed(small, token
     assert data.load_rows(small(max_train_tokens=2000, max_eval_tokens=500, seed=2), tokenizer) == (train, held_out)
 
 
+def json_lines(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
 def test_a_text_too_small_to_hold_some_out_is_named(small, tokenizer, tmp_path):
-    (tmp_path / "two.jsonl").write_text('{"text": "a b"}\n{"text": "c d"}\n')
-    with pytest.raises(UsageError, match=r"two\.jsonl leaves no held-out text"):
-        data.load_rows(small(dataset=str(tmp_path / "two.jsonl"), eval_fraction=0.01), tokenizer)
+    file = json_lines(tmp_path / "two.jsonl", {"text": "a b"}, {"text": "c d"})
+    with pytest.raises(UsageError, match=r"two\.jsonl, split train, leaves no held-out sample.*eval_split"):
+        data.load_rows(small(dataset=file, eval_fraction=0.01), tokenizer)
+
+
+def chat(*answers):
+    return {"messages": [{"role": r, "content": c} for c in answers for r in ("user", "assistant")]}
+
+
+CHATML = "{% for m in messages %}<|bos|>{{ m['role'] }}\n{{ m['content'] }}<|eos|>\n{% endfor %}"
+
+
+def test_conversations_become_rows_and_eval_data_is_another_split(small, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
+    json_lines(tmp_path / "train.jsonl", *(chat(f"answer {i}", "more") for i in range(9)))
+    json_lines(tmp_path / "test.jsonl", chat("held out"))
+    train, held_out = data.load_rows(small(dataset=str(tmp_path), eval_split="test"), tokenizer)
+    assert train.counts["samples"] == 9 and held_out.counts["samples"] == 1
+    labels = [label for label in held_out[0]["labels"] if label != IGNORE_INDEX]
+    assert tokenizer.decode(labels) == "held out<|eos|>"
+    assert count_tokens(train) == sum(label != IGNORE_INDEX for row in train for label in row["labels"])
+
+
+@pytest.mark.parametrize("records", [[{"messages": [{"role": "user", "content": "hi"}]}] * 40, [{"text": ""}] * 40])
+def test_a_dataset_with_nothing_to_learn_is_named(small, tokenizer, tmp_path, monkeypatch, records):
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
+    monkeypatch.setattr(tokenizer.backend_tokenizer, "post_processor", None)
+    file = json_lines(tmp_path / "a.jsonl", *records)
+    with pytest.raises(UsageError, match=r"a\.jsonl, split train, has nothing to learn: of \d+ samples \d+"):
+        data.load_rows(small(dataset=file), tokenizer)
+
+
+def test_conversations_for_a_tokenizer_without_a_template_are_refused(small, tokenizer, tmp_path):
+    with pytest.raises(UsageError, match=r"a\.jsonl.*has conversations.*no chat template"):
+        data.load_rows(small(dataset=json_lines(tmp_path / "a.jsonl", chat("x"))), tokenizer)
+
+
+def test_what_was_cut_and_dropped_is_told(small, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
+    records = [chat("word " * 60), chat("short"), {"messages": [{"role": "user", "content": "hi"}]}]
+    config = small(dataset=json_lines(tmp_path / "a.jsonl", *records), eval_dataset="embedded", max_train_tokens=None)
+    rows, _ = data.load_rows(config, tokenizer)
+    long, dropped = data.describe_rows(rows, config)
+    assert long.startswith("1 of 3 samples have over 64 tokens") and "keep_start" in long
+    assert dropped == "2 of 3 samples are left out: nothing in them to learn"  # the long one's answer was cut off
+
+
+# --- the cache
+
+
+def words(path, count=200):
+    return json_lines(path, *({"text": f"text number {i} " * (i % 7 + 1)} for i in range(count)))
+
+
+def test_a_dataset_is_tokenised_once_by_whoever_comes_first(small, tokenizer, tmp_path, monkeypatch):
+    calls, make = [], data.make_rows
+    monkeypatch.setattr(data, "make_rows", lambda *args: calls.append(1) or time.sleep(0.2) or make(*args))
+    config = small(dataset=words(tmp_path / "a.jsonl"))
+    with ThreadPoolExecutor(2) as pool:  # two ranks, and then another run
+        found = list(pool.map(lambda rank: data.load_rows(config, tokenizer), range(2)))
+    found.append(data.load_rows(config, tokenizer))
+    assert len(calls) == 2  # the training rows and the held-out ones
+    assert [list(train) for train, _ in found] == [list(found[0][0])] * 3
+    assert all(train.counts == found[0][0].counts for train, _ in found)
+
+
+@pytest.mark.parametrize("changed", ["content", "tokenizer", "max_length", "packing", "seed"])
+def test_other_content_or_settings_are_tokenised_again(small, tokenizer, tmp_path, monkeypatch, changed):
+    file = words(tmp_path / "a.jsonl")
+    before, _ = data.load_rows(small(dataset=file), tokenizer)
+    fields = {"max_length": {"max_length": 32}, "packing": {"packing": False}, "seed": {"seed": 7}}.get(changed, {})
+    if changed == "content":
+        words(tmp_path / "a.jsonl", 100)
+    if changed == "tokenizer":
+        monkeypatch.setattr(tokenizer.backend_tokenizer, "post_processor", None)  # no <|bos|>
+    after, _ = data.load_rows(small(dataset=file, **fields), tokenizer)
+    assert (list(after) == list(before)) == (changed == "seed")
+
+
+def test_the_cache_is_arrow_and_nothing_that_runs_code(small, tokenizer, tmp_path):
+    rows, _ = data.load_rows(small(dataset=words(tmp_path / "a.jsonl")), tokenizer)
+    (file,) = rows.dataset.cache_files
+    assert {path.suffix for path in Path(file["filename"]).parent.iterdir()} <= {".arrow", ".json", ".lock"}
+
+
+def test_a_cache_with_no_room_is_named_and_leaves_nothing_that_looks_whole(small, tokenizer, tmp_path):
+    config = small(dataset=words(tmp_path / "a.jsonl"))
+    (written,) = data.load_rows(config, tokenizer)[0].dataset.cache_files
+    file = Path(written["filename"])
+    file.unlink()
+    file.with_suffix(".writing").symlink_to("/dev/full")
+    with pytest.raises(UsageError, match=r"does not fit on the disk of .*HF_HOME"):
+        data.load_rows(config, tokenizer)
+    assert not file.exists()
+    file.with_suffix(".writing").unlink()
+    assert data.load_rows(config, tokenizer)[0]
+
+
+def test_rows_from_a_file_are_a_sequence_like_a_list(small, tokenizer, tmp_path):
+    rows, _ = data.load_rows(small(dataset=words(tmp_path / "a.jsonl"), packing=False), tokenizer)
+    as_list = list(rows)
+    assert rows[1::3] == as_list[1::3] and rows[-1] == as_list[-1] and len(rows) == len(as_list)
+    assert row_lengths(rows) == row_lengths(as_list) and count_tokens(rows) == count_tokens(as_list)
+    with pytest.raises(IndexError):
+        rows[len(rows)]
+
+
+def test_packing_in_parts_keeps_every_token(tokenizer, monkeypatch):
+    rows = tokenize_documents(documents(*(f"number {i} " * (i % 9 + 1) for i in range(200))), tokenizer, 64)
+    monkeypatch.setattr(data, "PACK_TOKENS", 500)
+    packed = list(data._pack_in_parts(iter(rows), 64))
+    assert len(packed) > len(pack(rows, 64)) * 0.95 and all(len(row["input_ids"]) <= 64 for row in packed)
+    ids = sorted(i for row in rows for i in row["input_ids"])
+    assert sorted(i for row in packed for i in row["input_ids"]) == ids
+
+
+# --- a look
+
+
+def test_a_row_is_shown_with_what_is_in_the_loss(small, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
+    file = json_lines(tmp_path / "a.jsonl", chat("one"), chat("two"))
+    (row,), _ = data.load_rows(small(dataset=file, eval_dataset="embedded", max_train_tokens=None), tokenizer)
+    plain = show_row(row, tokenizer, colour=False)
+    for word in ("one", "two"):
+        assert f"<|bos|>user\n{word}<|eos|>\n<|bos|>assistant\n[{word}<|eos|>]" in plain
+    assert plain.count("\n---\n") == 1
+    coloured = show_row(row, tokenizer)
+    assert "\033[32m<|eos|>\033[0m" in coloured and "\033[90m<|eos|>\033[0m" in coloured
+    for escape in ("\033[32m", "\033[90m", "\033[0m"):
+        coloured = coloured.replace(escape, "")
+    assert coloured == plain.replace("[", "").replace("]", "")
+
+
+def test_samples_are_printed_by_the_module(small, capsys, tmp_path):
+    data.main(["--dataset", json_lines(tmp_path / "a.jsonl", *[{"text": "abc"}] * 60), "--max_length", "64"])
+    printed = capsys.readouterr().out
+    assert "tokens in the loss" in printed and "<|bos|>[abc<|eos|>]" in printed
+    with pytest.raises(SystemExit, match=r"kdkit: dataset nothing\.txt does not exist"):
+        data.main(["--dataset", "nothing.txt"])
+
+
+def test_a_long_cache_has_every_row(tmp_path):
+    """Rows are written a thousand at a time; none is lost between."""
+    rows = [{"input_ids": [i], "labels": [i + 1], "position_ids": [0]} for i in range(2501)]
+    kept = cached_rows(tmp_path / "rows.arrow", lambda: rows, Counter(), "text")
+    assert [row["input_ids"] for row in kept] == [[i] for i in range(2501)]

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdkit.config import UsageError
 from kdkit.data import collate, load_rows
-from kdkit.evaluate import compare, evaluate, main
+from kdkit.evaluate import compare, describe_start, evaluate, main
 from kdkit.losses import IGNORE_INDEX, forward_kl, reverse_kl, total_variation
 from kdkit.models import ASSETS, load_teacher, load_tokenizer
 from kdkit.train import train
@@ -33,6 +33,13 @@ def by_hand(student, teacher, rows, per_token):
             values = per_token(student(**batch).logits[0], teacher(**batch).logits[0], labels)
         total, count = total + values.double().sum().item(), count + len(labels)
     return total / count
+
+
+def test_a_teacher_worse_than_the_student_is_warned_of(setting):
+    config, rows, student, teacher = setting
+    fine = describe_start(evaluate(student, teacher, rows, config, pad_token_id=2))
+    assert fine.startswith("before   held-out CE: teacher 2.") and "warning" not in fine
+    assert "warning  the teacher is worse" in describe_start(evaluate(teacher, student, rows, config, pad_token_id=2))
 
 
 def test_each_metric_is_its_definition(setting):

@@ -151,12 +151,12 @@ def test_another_teacher_or_text_is_refused(stored, tmp_path, monkeypatch):
     teacher.save_pretrained(model)
     load_tokenizer(stored()).save_pretrained(model)
     config = stored(dataset=str(text), teacher_model=str(model), targets_dir=str(tmp_path / "mine"))
-    before = teacher_fingerprint(str(model))
+    before = teacher_fingerprint(config)
     teacher.model.layers[1].mlp.up_proj.weight.data[0] += 1
     teacher.save_pretrained(model)
     with pytest.raises(UsageError, match=f"teacher_model was '{before}', is"):
         train(config)
-    monkeypatch.setattr(kdkit.targets, "model_folder", lambda name: None)  # the weights are on another machine
+    monkeypatch.setattr(kdkit.targets, "teacher_folder", lambda config: None)  # the weights are on another machine
     train(config)
     text.write_text(text.read_text().replace("line 7 ", "line 8 "))
     with pytest.raises(UsageError, match="training text was"):

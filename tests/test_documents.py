@@ -1,0 +1,266 @@
+import errno
+import http.server
+import json
+import sysconfig
+import threading
+
+import datasets
+import pytest
+from datasets.exceptions import DatasetGenerationError
+
+from kdkit.config import UsageError
+from kdkit.documents import Document, documents_of, embedded_documents, open_source, split_documents
+
+# --- the embedded text
+
+
+def test_the_embedded_text_is_real_and_the_same_each_time():
+    found = embedded_documents()
+    assert found == embedded_documents.__wrapped__()
+    assert len(found) > 4000 and sum(len(d.text) for d in found) > 1_500_000
+    assert any("Acquire" in d.text and d.source == "asyncio/locks.py" for d in found)
+
+
+def test_no_source_is_in_both_parts_and_the_split_does_not_depend_on_the_others():
+    found = embedded_documents()
+    train, held_out = split_documents(found, 0.08)
+    assert len(train) + len(held_out) == len(found)
+    assert not {d.source for d in train} & {d.source for d in held_out}
+    assert not {d.text for d in train} & {d.text for d in held_out}
+    assert split_documents(found[:1000], 0.08)[1] == [d for d in found[:1000] if d in set(held_out)]
+
+
+def test_a_python_without_sources_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UsageError, match=r"sources.*--dataset"):
+        embedded_documents.__wrapped__()
+
+
+def test_a_single_document_has_its_end_held_out():
+    (train,), (held_out,) = split_documents([Document("d", "one two three four five six seven eight nine ten")], 0.2)
+    assert train.text + held_out.text == "one two three four five six seven eight nine ten"
+    assert held_out.text == "eight nine ten"
+
+
+# --- datasets: what is read
+
+
+def read(small, dataset, part="all", split="train", **fields):
+    config = small(dataset=str(dataset), **fields)
+    return list(documents_of(open_source(config, str(dataset), split), config, part))
+
+
+def json_lines(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def texts(found):
+    return sorted(document.text for document in found)
+
+
+def test_text_json_lines_and_parquet_are_read(small, tmp_path):
+    (tmp_path / "a.txt").write_text("first\n\nand more")
+    assert texts(read(small, tmp_path / "a.txt")) == ["first\n\nand more"]  # a file is one sample
+    lines = json_lines(tmp_path / "b.jsonl", {"text": "second"}, {"text": "third"})
+    assert texts(read(small, lines)) == ["second", "third"]
+    datasets.Dataset.from_dict({"body": ["fourth", "fifth"]}).to_parquet(tmp_path / "c.parquet")
+    assert texts(read(small, tmp_path / "c.parquet", text_column="body")) == ["fifth", "fourth"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_is_read_with_its_splits(small, tmp_path, streaming):
+    json_lines(tmp_path / "train.jsonl", {"text": "one"}, {"text": "two"})
+    json_lines(tmp_path / "test.jsonl", {"text": "three"})
+    assert texts(read(small, tmp_path, streaming=streaming)) == ["one", "two"]
+    assert texts(read(small, tmp_path, split="test", streaming=streaming)) == ["three"]
+
+
+def test_a_folder_of_texts_has_a_sample_a_file(small, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n\n{name}")
+    assert texts(read(small, tmp_path)) == ["a\n\na", "b\n\nb"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_is_held_out_is_apart_and_the_same_each_time(small, tmp_path, streaming):
+    file = json_lines(tmp_path / "a.jsonl", *({"text": f"sample {i}"} for i in range(300)))
+    train, held_out = (read(small, file, part, streaming=streaming) for part in ("train", "held_out"))
+    assert 10 < len(held_out) < 50 and len(train) + len(held_out) == 300
+    assert not {d.text for d in train} & {d.text for d in held_out}
+    longer = json_lines(tmp_path / "longer.jsonl", *({"text": f"sample {i}"} for i in range(400)))
+    assert {d.text for d in held_out} <= {d.text for d in read(small, longer, "held_out")}
+    if not streaming:  # the order is not the file's, and does not follow the seed
+        assert train == read(small, file, "train", seed=5) and train != sorted(train, key=lambda d: int(d.source))
+
+
+def test_a_stream_is_read_no_further_than_needed(small, tmp_path):
+    file = json_lines(tmp_path / "a.jsonl", *({"text": f"sample {i}"} for i in range(300)))
+    config = small(dataset=str(file), streaming=True)
+    source, seen = open_source(config, str(file), "train"), []
+    source = source._replace(samples=(seen.append(row) or row for row in source.samples))
+    documents = documents_of(source, config, "all")
+    assert [next(documents).text for _ in range(5)] == [f"sample {i}" for i in range(5)] and len(seen) == 5
+
+
+def test_conversations_are_read(small, tmp_path):
+    messages = [turn("user", "hi"), turn("assistant", "ho")]
+    file = json_lines(tmp_path / "a.jsonl", {"messages": messages, "text": "not this"})
+    assert [d.messages for d in read(small, file)] == [messages]
+    file = json_lines(tmp_path / "b.jsonl", {"prompt": "hi", "completion": "ho"})
+    assert [(d.messages, d.learn_from) for d in read(small, file)] == [(messages, 1)]
+    file = json_lines(tmp_path / "c.jsonl", {"prompt": [*messages, messages[0]], "completion": messages[1:]})
+    assert [(d.messages, d.learn_from) for d in read(small, file)] == [(messages * 2, 3)]
+    file = json_lines(tmp_path / "d.jsonl", {"messages": messages, "text": "this"})
+    assert texts(read(small, file, messages_column=None)) == ["this"]
+
+
+# --- datasets: what cannot be read
+
+
+USER = '{"role": "user", "content": "hi"}'
+
+
+@pytest.mark.parametrize(
+    "name, content, named",
+    [
+        ("a.txt", "", ["a.txt", "no text"]),
+        ("a.jsonl", "", ["a.jsonl", "no text"]),
+        ("a.jsonl", "\n\n", ["a.jsonl"]),
+        ("a.txt", b"caf\xe9 " * 9, ["a.txt", "UTF-8", "byte 3"]),
+        ("a.jsonl", '{"text": "x"}\n{"text": ', ["a.jsonl", "line 2", "not JSON"]),
+        ("a.jsonl", '{"text": "x"}\n\n[1]', ["a.jsonl", "line 3", "list"]),
+        ("a.jsonl", '{"body": "x"}', ["a.jsonl", "'text'", "it has body", "--text_column"]),
+        ("a.jsonl", '{"text": "x"}\n{"other": 1}', ["a.jsonl", "row 2", "'text'", "NoneType"]),
+        ("a.jsonl", '{"text": 3}', ["row 1", "'text'", "int"]),
+        ("a.md", "x", ["a.md", ".md file", ".jsonl"]),
+        ("a.jsonl", f'{{"messages": [{USER}, {{"role": "gpt", "content": "x"}}]}}', ["row 1", "message 2", "'gpt'"]),
+        ("a.jsonl", '{"messages": [{"from": "human", "value": "x"}]}', ["row 1", "role and content", "from, value"]),
+        ("a.jsonl", '{"messages": "hi"}', ["row 1", "'messages'", "str", "list of messages"]),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', ["row 1", "message 1", "int"]),
+        ("a.jsonl", '{"prompt": 3, "completion": "x"}', ["row 1", "'prompt'", "int"]),
+        ("a.parquet", "PAR1", ["a.parquet"]),
+    ],
+)
+def test_what_cannot_be_read_is_named(small, tmp_path, name, content, named):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError) as error:
+        read(small, file)
+    assert all(word in str(error.value) for word in named), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_broken_line_in_a_stream_is_named(small, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "x"}\n{"text": ')
+    with pytest.raises(UsageError, match=r"a\.jsonl, line 2 is not JSON"):
+        read(small, file, streaming=True)
+
+
+@pytest.mark.parametrize("name", ["nothing.txt", "no/such/folder", "./nothing", "/nothing"])
+def test_a_missing_file_is_named(small, name):
+    with pytest.raises(UsageError, match=f"dataset {name} does not exist"):
+        read(small, name)
+
+
+def test_a_folder_of_several_kinds_or_of_none_is_named(small, tmp_path):
+    with pytest.raises(UsageError, match=r"has no \.txt.* file"):
+        read(small, tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+    json_lines(tmp_path / "b.jsonl", {"text": "x"})
+    with pytest.raises(UsageError, match=r"several kinds \(json, text\)"):
+        read(small, tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_split_that_is_not_there_is_named_with_those_that_are(small, tmp_path, streaming):
+    with pytest.raises(UsageError, match=r"a\.jsonl.*train.*--dataset_split"):
+        read(small, json_lines(tmp_path / "a.jsonl", {"text": "x"}), split="test", streaming=streaming)
+
+
+def test_an_empty_split_is_named(small, tmp_path):
+    datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "a.parquet")
+    for streaming in (False, True):
+        with pytest.raises(UsageError, match=r"a\.parquet, split train is empty"):
+            read(small, tmp_path / "a.parquet", streaming=streaming)
+
+
+def test_a_hub_id_without_a_network_is_named(small):
+    with pytest.raises(UsageError, match=r"dataset nobody/nothing could not be loaded: .*HF_HUB_OFFLINE is set"):
+        read(small, "nobody/nothing")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub on this machine that answers every request with one status and error code: hub(403, "GatedRepo")."""
+    answer = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(answer["status"])
+            self.send_header("X-Error-Code", answer["code"])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def start(status, code):
+        answer.update(status=status, code=code)
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+
+    yield start
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "status, code, said",
+    [
+        (403, "GatedRepo", "is gated: ask for access at https://huggingface.co/datasets/some/data.*hf auth login"),
+        (404, "RepoNotFound", "is neither a local path nor on the hub"),
+        (404, "RevisionNotFound", "has no such revision"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_in_one_line(small, hub, status, code, said):
+    hub(status, code)
+    with pytest.raises(UsageError, match=f"dataset some/data {said}") as error:
+        read(small, "some/data", dataset_revision="v9")
+    assert "\n" not in str(error.value)
+
+
+def test_a_hub_that_does_not_answer_is_told(small, hub, monkeypatch):
+    hub(404, "RepoNotFound")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UsageError, match=r"dataset some/data could not be loaded: .*\(no network\)"):
+        read(small, "some/data")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_disk_with_no_room_is_named(small, tmp_path, monkeypatch, wrapped):
+    def full(*_, **__):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            if not wrapped:
+                raise
+            raise DatasetGenerationError("An error occurred while generating the dataset") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    with pytest.raises(UsageError, match=r"does not fit on the disk of .*HF_HOME"):
+        read(small, json_lines(tmp_path / "a.jsonl", {"text": "x"}))
