@@ -7,7 +7,6 @@ How a run is spread over devices is not in here: that is accelerate's YAML.
 
 import dataclasses
 import difflib
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,15 @@ from typing import Literal
 
 import yaml
 
+from kdkit.files import write_text
+
 
 class UsageError(ValueError):
     """A mistake of the user's: shown as one line that names the value and the remedy, without a traceback."""
+
+
+class RunStopped(RuntimeError):
+    """A run that cannot go on, for a reason that one line can tell; raised by all ranks alike."""
 
 
 @dataclass
@@ -145,9 +150,12 @@ class DistillConfig:
     """Steps between two checkpoints; None is at the end only."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints are kept."""
+    on_failed_save: Literal["stop", "continue"] = "stop"
+    """What happens when a checkpoint cannot be written (a full disk): stop with an error, or go on without it. Those
+    before are kept in either case."""
     resume: str = "auto"
-    """auto: go on from the newest checkpoint of output_dir, if there is one; never: start over, which replaces the
-    run in output_dir; or the path of a checkpoint."""
+    """auto: go on from the newest whole checkpoint of output_dir, if there is one; never: start over, which replaces
+    the run in output_dir; or the path of a checkpoint."""
     use_wandb: bool = True
     """Log to Weights & Biases too, where it is installed and usable."""
     wandb_project: str = "slm-distillation"
@@ -217,9 +225,7 @@ class DistillConfig:
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML, every field of it."""
-        aside = path.with_suffix(".yaml.new")  # whole or not at all
-        aside.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
-        os.replace(aside, path)
+        write_text(path, yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}

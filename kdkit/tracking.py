@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kdkit.config import DistillConfig
+from kdkit.files import write_text
 
 
 class Tracker:
@@ -34,10 +35,9 @@ class Tracker:
         if not enabled:
             return
         path = Path(config.output_dir) / "metrics.jsonl"
-        self.history = [event for event in read_metrics(path) if event_step(event) <= step]
-        kept = path.with_suffix(".jsonl.new")
-        kept.write_text("".join(json.dumps(event) + "\n" for event in self.history), encoding="utf-8")
-        os.replace(kept, path)
+        # at step 0 nothing stays: the evaluation before the first step is done again
+        self.history = [event for event in read_metrics(path) if step and event_step(event) <= step]
+        write_text(path, "".join(json.dumps(event) + "\n" for event in self.history))
         self._file = path.open("a", encoding="utf-8")
         self._wandb, where = _start_wandb(config)
         self.where = f"metrics  {path}{where}"

@@ -24,7 +24,7 @@ from kdkit.checkpoint import (
     prepare_output_dir,
     save_checkpoint,
 )
-from .config import DistillConfig, UsageError, load_config
+from .config import DistillConfig, RunStopped, UsageError, load_config
 from .data import Steps, count_tokens, describe_rows, load_rows
 from .devices import clip_gradients, leave_processes, place_teacher, start_accelerator
 from .evaluate import describe_start, evaluate
@@ -111,9 +111,10 @@ def train(config: DistillConfig, watch=None) -> list[dict]:
 
     Raises:
         UsageError (a ValueError): something in the configuration that cannot work, before anything is trained.
+        RunStopped: a disk that is full.
     """
     accelerator = start_accelerator()
-    checkpoint = find_checkpoint(config, accelerator.num_processes)
+    checkpoint = find_checkpoint(config, accelerator)
     device, is_main = accelerator.device, accelerator.is_main_process
     set_seed(config.seed)
 
@@ -140,7 +141,7 @@ def train(config: DistillConfig, watch=None) -> list[dict]:
     set_seed(config.seed, device_specific=True)  # dropout differs between ranks
     start = load_checkpoint(accelerator, student, optimizer, checkpoint) if checkpoint else 0
     tracker = Tracker(config, step=start, enabled=is_main, watch=watch)
-    accelerator.print(f"teacher  {place}\n{tracker.where}" + describe_resume(checkpoint, steps.rows_per_step))
+    accelerator.print(f"teacher  {place}\n{tracker.where}{describe_resume(checkpoint, steps)}")
     if start == 0:
         tracker.log_evaluation(first := measure(), step=0, epoch=0.0)
         accelerator.print(describe_start(first))
@@ -197,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     """`python -m kdkit.train [--config recipe.yaml] [--field value ...]`."""
     try:
         train(load_config(argv))
-    except UsageError as error:
+    except (UsageError, RunStopped) as error:
         sys.exit(f"kdkit: {error}")
     leave_processes()
 
