@@ -7,6 +7,7 @@ Shapes: N tokens in the loss, V vocabulary, p the teacher's distribution, q the 
 
 import argparse
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from kdkit import plots
@@ -71,6 +73,18 @@ def metric_sums(
     return sums
 
 
+def evaluation_batches(
+    rows: list[dict], batch_size: int, pad_token_id: int, accelerator: Accelerator | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """A rank's share of the held-out rows in micro-batches, as many on every rank: models may be sharded."""
+    rank, num_ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    mine = range(rank, len(rows), num_ranks)
+    for start in range(0, math.ceil(len(rows) / num_ranks), batch_size):
+        indices = list(mine[start : start + batch_size])
+        batch = collate([rows[index] for index in indices] or [empty_row(pad_token_id)], pad_token_id)
+        yield {**batch, "eval_rows": indices}
+
+
 @torch.no_grad()
 def evaluate(
     student: torch.nn.Module,
@@ -100,7 +114,6 @@ def evaluate(
         the student as a draft model, Leviathan et al. 2023, arXiv:2211.17192), `eval/teacher_ce_loss`.
     """
     student, teacher = (BodyAndHead(m) if hasattr(m, "get_output_embeddings") else m for m in (student, teacher))
-    rank, num_ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = accelerator.device if accelerator else next(student.parameters()).device
     was_training = student.training
     student.eval()
@@ -112,11 +125,8 @@ def evaluate(
         **config.divergence_options,
     )
     total = torch.zeros(7, dtype=torch.float64, device=device)
-    mine = rows[rank::num_ranks]
-    for start in range(0, len(rows[::num_ranks]), config.batch_size):  # as often on every rank: models may be sharded
-        batch = collate(mine[start : start + config.batch_size] or [empty_row(pad_token_id)], pad_token_id)
-        batch = {key: value.to(device) for key, value in batch.items()}
-        batch["eval_rows"] = list(range(len(rows)))[rank::num_ranks][start : start + config.batch_size]
+    for batch in evaluation_batches(rows, config.batch_size, pad_token_id, accelerator):
+        batch = send_to_device(batch, device)
         targets = teacher(batch, lambda hidden, head: (hidden, head))
         total += student(batch, sums, *targets, batch["labels"])
     student.train(was_training)

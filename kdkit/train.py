@@ -27,7 +27,8 @@ from kdkit.checkpoint import (
 from .config import DistillConfig, RunStopped, UsageError, load_config
 from .data import Steps, count_tokens, describe_rows, load_rows
 from .devices import clip_gradients, leave_processes, place_teacher, start_accelerator
-from .evaluate import describe_start, evaluate
+from .evaluate import describe_start, evaluate, evaluation_batches
+from .faults import stop_at_fault
 from .fused import fused_kd_loss
 from .losses import IGNORE_INDEX, dense_kd_loss
 from kdkit.models import (
@@ -111,7 +112,7 @@ def train(config: DistillConfig, watch=None) -> list[dict]:
 
     Raises:
         UsageError (a ValueError): something in the configuration that cannot work, before anything is trained.
-        RunStopped: a disk that is full.
+        RunStopped: a number that is not finite, or a disk that is full.
     """
     accelerator = start_accelerator()
     checkpoint = find_checkpoint(config, accelerator)
@@ -138,13 +139,22 @@ def train(config: DistillConfig, watch=None) -> list[dict]:
     measure = partial(evaluate, student, teacher, eval_rows, config, pad_token_id=tokenizer.pad_token_id,
                       vocab_size=pair.vocab_size, accelerator=accelerator)  # fmt: skip
 
+    stop = partial(stop_at_fault, student, kd_loss, tokenizer, config, accelerator)
+
+    def evaluation(step: int) -> None:
+        metrics = measure()
+        if not all(math.isfinite(value) for value in metrics.values()):
+            batches = evaluation_batches(eval_rows, config.batch_size, tokenizer.pad_token_id, accelerator)
+            stop(targets.of(teacher), batches, step, "the evaluation")
+        tracker.log_evaluation(metrics, step=step, epoch=step / steps.steps_per_epoch)
+
     set_seed(config.seed, device_specific=True)  # dropout differs between ranks
     start = load_checkpoint(accelerator, student, optimizer, checkpoint) if checkpoint else 0
     tracker = Tracker(config, step=start, enabled=is_main, watch=watch)
     accelerator.print(f"teacher  {place}\n{tracker.where}{describe_resume(checkpoint, steps)}")
     if start == 0:
-        tracker.log_evaluation(first := measure(), step=0, epoch=0.0)
-        accelerator.print(describe_start(first))
+        evaluation(0)
+        accelerator.print(describe_start(tracker.history[-1]))
 
     # a generator of its own: making the iterator would otherwise draw from the random numbers of dropout
     loader = DataLoader(Subset(steps, range(start, len(steps))), batch_size=None, generator=torch.Generator())
@@ -163,25 +173,28 @@ def train(config: DistillConfig, watch=None) -> list[dict]:
                 accelerator.backward(result.loss * accelerator.num_processes)  # ranks average; this is part of a sum
             parts += torch.stack([result.loss.detach(), result.ce_loss, result.kl_loss])
 
+        parts = accelerator.reduce(parts, "sum")
         grad_norm = clip_gradients(student, config.max_grad_norm, accelerator)  # before clipping
+        if not torch.isfinite(parts.sum() + grad_norm):  # waits for the device, once a step, before a weight is touched
+            stop(get_targets, micro_batches, step, "the loss or its gradient")
         rate = learning_rate(step - 1, len(steps), config)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
 
-        epoch = step / steps.steps_per_epoch
         tokens = tokens + num_items
         if step % config.logging_steps == 0 or step == len(steps):
-            loss, ce_loss, kl_loss = accelerator.reduce(parts, "sum").tolist()  # waits for the device
+            loss, ce_loss, kl_loss = parts.tolist()
             speed = int(tokens) / (time.perf_counter() - since)
+            epoch = step / steps.steps_per_epoch
             tracker.log_training(loss, ce_loss, kl_loss, rate, float(grad_norm), speed, step=step, epoch=epoch)
             progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
             tokens, since = 0, time.perf_counter()
         evaluates = step == len(steps) or (config.eval_steps and step % config.eval_steps == 0)
         saves = step == len(steps) or (config.save_steps and step % config.save_steps == 0)
         if evaluates:
-            tracker.log_evaluation(measure(), step=step, epoch=epoch)
+            evaluation(step)
         if saves:  # after the evaluation, whose result would be lost if a run that goes on from here had to repeat it
             save_checkpoint(accelerator, student, optimizer, step, config)
         if evaluates or saves:
