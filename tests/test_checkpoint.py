@@ -1,21 +1,34 @@
+import importlib.util
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from accelerate.state import AcceleratorState
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kdkit import DistillConfig, files
 from kdkit.checkpoint import checkpoints, find_checkpoint
-from kdkit.config import UsageError
+from kdkit.config import RunStopped, UsageError
 from kdkit.devices import start_accelerator
 from kdkit.models import ASSETS, count_parameters
-from kdkit.train import train
+from kdkit.tracking import read_metrics
+from kdkit.train import main, train
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+spec = importlib.util.spec_from_file_location("kills", BENCHMARKS / "kills.py")
+kills = importlib.util.module_from_spec(spec)
+sys.modules["kills"] = kills
+spec.loader.exec_module(kills)
 
 
 class Cut(Exception):
@@ -209,19 +222,247 @@ def test_final_is_a_folder_that_transformers_loads(small, tmp_path, tied):
     assert yaml.safe_load((Path(config.output_dir) / "config.yaml").read_text())["student_model"] == folder
 
 
-def test_a_killed_run_goes_on(small, tmp_path):
-    """SIGKILL in the middle, then the same command again: the end is that of a run left alone."""
-    config = small(max_steps=30, save_steps=5)
-    arguments = [f"--{name}={value}" for name, value in vars(config).items() if value is not None]
-    command = [sys.executable, "-m", "kdkit.train", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        while len(checkpoints(config.output_dir)) < 2:
-            assert process.poll() is None, process.stdout.read().decode()
-        process.kill()
-    subprocess.run(command, check=True, capture_output=True)
-    whole = small(max_steps=30, save_steps=None, output_dir=str(tmp_path / "whole"))
-    train(whole)
-    first, second = weights(whole), weights(config)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    steps = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
-    assert [event["train/step"] for event in steps if "train/step" in event] == list(range(1, 31))
+# --- kills
+
+
+def test_a_killed_run_ends_as_one_left_alone(tmp_path):
+    """SIGKILL in an evaluation, in a save and while exporting, each time the same command again."""
+    alone = DistillConfig(**kills.RUN, max_steps=16, output_dir=str(tmp_path / "alone_1"))
+    train(alone)
+    moments = ["in an evaluation", "in a save", "while exporting"]
+    result = kills.series(tmp_path, moments, num_ranks=1, max_steps=16)
+    assert result["kills"].total() == result["restarts"] == 3
+    assert (result["lost"], result["once"], result["equal"]) == (0, True, True)
+
+
+def test_killed_before_the_first_checkpoint_it_begins_anew(small):
+    config = small(max_steps=3)
+    with pytest.raises(Cut):
+        train(config, watch=cut_after(2))
+    assert [event.get("eval/step") for event in train(config)] == [0, None, None, None, 3]
+
+
+# --- broken checkpoints
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run of six steps with a checkpoint after each second one."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = DistillConfig(
+        max_train_tokens=3000, max_eval_tokens=600, max_length=64, batch_size=4, max_steps=6, logging_steps=1,
+        eval_steps=None, save_steps=2, use_wandb=False, output_dir=str(tmp_path_factory.mktemp("saved") / "run"),
+    )  # fmt: skip
+    train(config)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return config
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    """A copy of it that may be damaged."""
+    shutil.copytree(saved.output_dir, tmp_path / "run")
+    return DistillConfig(**{**vars(saved), "output_dir": str(tmp_path / "run")})
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def drop_a_line(path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def keep_nothing_but(path):
+    for other in set(path.parent.iterdir()) - {path}:
+        other.unlink()
+
+
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+DAMAGES = [
+    (truncate, SHARD, f"{SHARD} ("),
+    (flip_a_bit, SHARD, "is not what was written"),
+    (Path.unlink, SHARD, f"{SHARD} is missing"),
+    (flip_a_bit, "trainer.json", "trainer.json"),
+    (Path.unlink, "trainer.json", "trainer.json is missing"),
+    (Path.unlink, "SHA256SUMS", "SHA256SUMS is missing"),
+    (drop_a_line, "SHA256SUMS", "SHA256SUMS does not list trainer.json"),
+    (truncate, "SHA256SUMS", "SHA256SUMS does not list"),
+    (flip_a_bit, "SHA256SUMS", ""),
+    (keep_nothing_but, "SHA256SUMS", "is missing"),
+]
+
+
+@pytest.mark.parametrize("damage, file, why", DAMAGES, ids=lambda x: getattr(x, "__name__", None))
+def test_a_broken_checkpoint_is_passed_over_and_named(run, capsys, damage, file, why):
+    before, newest = checkpoints(run.output_dir)[-2:]
+    damage(newest / file)
+    assert find_checkpoint(run, start_accelerator()) == before
+    (line,) = capsys.readouterr().out.splitlines()
+    assert why in line and "step_00000006 (" in line and "going on from step_00000004" in line
+
+
+def test_from_the_one_before_the_run_ends_as_it_would_have(saved, run):
+    for name, damage in (("step_00000006", truncate), ("step_00000004", flip_a_bit)):
+        damage(Path(run.output_dir) / "checkpoints" / name / SHARD)
+    assert numbers(train(run)) == numbers(read_metrics(Path(saved.output_dir) / "metrics.jsonl"))
+    assert all(torch.equal(value, weights(run)[name]) for name, value in weights(saved).items())
+
+
+def test_without_a_whole_one_the_error_says_what_was_tried_and_nothing_is_touched(run):
+    for path in checkpoints(run.output_dir):
+        truncate(path / SHARD)
+    (checkpoints(run.output_dir)[0] / "trainer.json").unlink()
+    before = sorted(Path(run.output_dir).rglob("*"))
+    with pytest.raises(UsageError) as error:
+        train(run)
+    for words in ("step_00000006 (shard", "step_00000004 (shard", "step_00000002 (", "--resume never"):
+        assert words in str(error.value)
+    assert sorted(Path(run.output_dir).rglob("*")) == before
+
+
+def test_a_path_to_a_broken_one_is_refused(run):
+    path = checkpoints(run.output_dir)[-1]
+    flip_a_bit(path / SHARD)
+    with pytest.raises(UsageError, match="is not what was written"):
+        train(DistillConfig(**{**vars(run), "resume": str(path)}))
+
+
+def test_broken_ones_do_not_push_out_whole_ones(run):
+    for path in checkpoints(run.output_dir)[1:]:
+        truncate(path / SHARD)
+    config = DistillConfig(**{**vars(run), "save_steps": 1, "keep_checkpoints": 1})
+    with pytest.raises(Cut):
+        train(config, watch=cut_after(4))
+    assert [path.name for path in checkpoints(run.output_dir)] == ["step_00000003"]
+
+
+def rewrite(path, change):
+    """Change the tensors of a checkpoint, and its checksums with them."""
+    with safe_open(path / SHARD, "pt") as file:
+        parts = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+    tensors = change(load_file(path / SHARD))
+    parts = {name: parts.get(name, {"saved_offsets": [0] * value.ndim}) for name, value in tensors.items()}
+    save_file(tensors, path / SHARD, metadata={"DCP_SHARDING_INFO": json.dumps(parts)})
+    files.write_sums(path, {name: files.sha256(path / name) for name in (SHARD, "trainer.json")})
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda t: {k: v for k, v in t.items() if k != "model.model.model.norm.weight"}, "norm.weight is None"),
+        (lambda t: {**t, "model.model.model.norm.weight": torch.zeros(7)}, r"norm.weight is \(7,\)"),
+        (lambda t: {**t, "model.model.model.layers.2.x": torch.zeros(7)}, "layers.2.x"),
+        (lambda t: {k: v for k, v in t.items() if "exp_avg_sq" not in k}, "optimizer.state.*exp_avg_sq is None"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_not_loaded_in_part(run, change, named):
+    rewrite(checkpoints(run.output_dir)[-1], change)
+    with pytest.raises(UsageError, match=f"does not fit the student: .*{named}"):
+        train(run)
+
+
+def test_it_is_on_the_disk_before_it_counts(small, monkeypatch):
+    """The order in which a power cut could otherwise undo things: content, name, the folder with the name."""
+    config, done = small(max_steps=2, save_steps=2), []
+    rename = os.rename
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+    monkeypatch.setattr(os, "rename", lambda a, b: (done.append(("rename", Path(b).name)), rename(a, b)))
+    train(config)
+    (newest,) = checkpoints(config.output_dir)
+    named = done.index(("rename", newest.name))
+    aside = newest.with_name(f".writing_{newest.name}")
+    for path in [*(aside / file.name for file in newest.iterdir()), aside, Path(config.output_dir) / "metrics.jsonl"]:
+        assert path in done[:named], path
+    assert newest.parent in done[named:]
+    final = Path(config.output_dir) / "final"
+    named = done.index(("rename", "final"))
+    assert {final.with_name(".writing_final") / file.name for file in final.iterdir()} <= set(done[:named])
+
+
+# --- full disks
+
+
+@contextmanager
+def no_file_above(size):
+    """Writing beyond so many bytes fails, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_save_that_fails_stops_the_run_and_keeps_what_was_saved(saved, run):
+    for path in checkpoints(run.output_dir)[1:]:
+        shutil.rmtree(path)
+    with no_file_above(2**20), pytest.raises(RunStopped) as error:
+        train(run)
+    for words in ("step 4 could not be saved", "File too large", "the newest checkpoint is step_00000002"):
+        assert words in str(error.value)
+    assert os.listdir(Path(run.output_dir) / "checkpoints") == ["step_00000002"]
+    train(run)  # with room again
+    assert all(torch.equal(value, weights(run)[name]) for name, value in weights(saved).items())
+
+
+def test_or_the_run_goes_on_without_it(run, capsys):
+    for path in checkpoints(run.output_dir)[1:]:
+        shutil.rmtree(path)
+    config = DistillConfig(**{**vars(run), "on_failed_save": "continue"})
+    with no_file_above(2**20), pytest.raises(RunStopped, match="the student could not be written to"):
+        train(config)
+    printed = capsys.readouterr().out
+    assert "step 4 could not be saved" in printed and "step 6 could not be saved" in printed
+    assert sorted(os.listdir(run.output_dir)) == ["checkpoints", "config.yaml", "final", "metrics.jsonl"]
+    assert [event.get("train/step") for event in read_metrics(Path(run.output_dir) / "metrics.jsonl")][-2:] == [6, None]
+
+
+def test_a_full_disk_ends_the_command_with_one_line(small, tmp_path):
+    """A real one: a file system of 16 MB in memory, with room for two checkpoints and a half."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting takes root")
+    try:
+        config = small(max_steps=8, save_steps=2, output_dir=str(disk / "run"))
+        arguments = [f"--{name}={value}" for name, value in vars(config).items() if value is not None]
+        with pytest.raises(SystemExit, match=r"kdkit: step 6 could not be saved .*No space left on device"):
+            main(arguments)
+        assert sorted(os.listdir(disk / "run" / "checkpoints")) == ["step_00000002", "step_00000004"]
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        main(arguments)
+        assert len(checkpoints(disk / "run")) == 3 and (disk / "run" / "final").exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- nothing that runs code
+
+
+class MakesAFile:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_nothing_is_unpickled_from_a_checkpoint(run, tmp_path):
+    path = checkpoints(run.output_dir)[-1]
+    for name in ("pytorch_model.bin", "optimizer.bin", "random_states_0.pkl", "__0_0.distcp", "a.pt"):
+        torch.save({"x": MakesAFile(tmp_path / "made")}, path / name)
+    train(run)
+    assert not (tmp_path / "made").exists()
+    torch.load(path / "a.pt", weights_only=False)
+    assert (tmp_path / "made").exists()  # so the test can fail
