@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from kdkit import files
 from kdkit.config import DistillConfig, RunStopped, UsageError, read_config
 from kdkit.data import Steps
+from kdkit.tracking import WANDB_ID
 
 # These say how a run is watched and computed, not what it computes: they may differ when it goes on.
 FREE_FIELDS = {"output_dir", "resume", "logging_steps", "eval_steps", "save_steps", "keep_checkpoints"}
@@ -127,7 +128,8 @@ def prepare_output_dir(config: DistillConfig) -> None:
     if config.resume == "never":
         for name in ("checkpoints", "final"):
             shutil.rmtree(output_dir / name, ignore_errors=True)
-        (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+        for name in ("metrics.jsonl", WANDB_ID):
+            (output_dir / name).unlink(missing_ok=True)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         config.save(output_dir / "config.yaml")

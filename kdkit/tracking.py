@@ -3,12 +3,15 @@
 import importlib.util
 import json
 import os
+import secrets
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from kdkit.config import DistillConfig
+from kdkit.config import DistillConfig, RunStopped
 from kdkit.files import write_text
+
+WANDB_ID = "wandb_id.txt"
 
 
 class Tracker:
@@ -65,10 +68,15 @@ class Tracker:
     def _log(self, event: dict) -> None:
         self.history.append(event)
         if self._file:
-            self._file.write(json.dumps(event) + "\n")
-            self._file.flush()
-        if self._wandb:
-            self._wandb.log(event)
+            try:
+                self._file.write(json.dumps(event) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise RunStopped(
+                    f"{self._file.name} cannot be written ({error.strerror}). Make room and start the same command "
+                    "again: it goes on from the newest checkpoint"
+                ) from error
+        self._try_wandb("log", event)
         if self._watch:
             self._watch(event)
 
@@ -76,8 +84,17 @@ class Tracker:
         """Close what is open."""
         if self._file:
             self._file.close()
-        if self._wandb:
-            self._wandb.finish()
+        self._try_wandb("finish")
+
+    def _try_wandb(self, method: str, *arguments) -> None:
+        """Call a method of the wandb run. One that fails is the last: it is said, and the training goes on."""
+        if self._wandb is None:
+            return
+        try:
+            getattr(self._wandb, method)(*arguments)
+        except Exception as error:  # of whatever kind: its process may be gone, its server, its disk
+            self._wandb = None
+            print(f"\nnote     no more to Weights & Biases ({_reason(error)}); the run goes on, with {self._file.name}")
 
 
 def event_step(event: dict) -> int:
@@ -104,23 +121,40 @@ def _start_wandb(config: DistillConfig):
         return None, ""
     if importlib.util.find_spec("wandb") is None:
         return None, " (not to Weights & Biases: wandb is not installed; pip install wandb, or --use_wandb false)"
-    import wandb
-
     offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
     try:
+        import wandb
+
         if not offline and not wandb.login(prompt=False, verify=False):
             return None, " (not to Weights & Biases: not logged in; run `wandb login`, or set WANDB_MODE=offline)"
         run = wandb.init(
             project=config.wandb_project,
             entity=config.wandb_entity,
             name=config.run_name,
+            id=_wandb_id(config),
+            resume="allow",
             dir=config.output_dir,
             config=asdict(config),
-            settings=wandb.Settings(silent=True, init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 20))),
+            settings=wandb.Settings(
+                silent=True,
+                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 20)),
+                finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", 60)),  # else it waits for a server forever
+            ),
         )
         for part in ("train", "eval"):
             run.define_metric(f"{part}/*", step_metric=f"{part}/step")
-    except (wandb.Error, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        return None, f" (not to Weights & Biases: {reason})"
+    except Exception as error:  # of whatever kind, see `Tracker._try_wandb`
+        return None, f" (not to Weights & Biases: {_reason(error)})"
     return run, f" and Weights & Biases ({run.url or 'offline, ' + run.dir})"
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def _wandb_id(config: DistillConfig) -> str:
+    """The run's id at Weights & Biases: made once, and kept in its folder, so that it goes on under the same."""
+    path = Path(config.output_dir) / WANDB_ID
+    if not path.is_file():
+        write_text(path, secrets.token_hex(4))
+    return path.read_text(encoding="utf-8").strip()

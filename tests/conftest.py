@@ -2,8 +2,10 @@
 
 import atexit
 import os
+import resource
 import shutil
 import tempfile
+from contextlib import contextmanager
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="kdkit-test-cache-")  # of this process alone
@@ -43,3 +45,19 @@ def small(tmp_path):
         return DistillConfig(**{**defaults, **fields})
 
     return make
+
+
+@pytest.fixture
+def no_file_above():
+    """`with no_file_above(bytes)`: writing more than that to a file fails, as on a disk that is full."""
+
+    @contextmanager
+    def limit(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit

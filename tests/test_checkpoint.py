@@ -1,11 +1,9 @@
 import importlib.util
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -390,18 +388,7 @@ def test_it_is_on_the_disk_before_it_counts(small, monkeypatch):
 # --- full disks
 
 
-@contextmanager
-def no_file_above(size):
-    """Writing beyond so many bytes fails, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_save_that_fails_stops_the_run_and_keeps_what_was_saved(saved, run):
+def test_a_save_that_fails_stops_the_run_and_keeps_what_was_saved(saved, run, no_file_above):
     for path in checkpoints(run.output_dir)[1:]:
         shutil.rmtree(path)
     with no_file_above(2**20), pytest.raises(RunStopped) as error:
@@ -413,7 +400,7 @@ def test_a_save_that_fails_stops_the_run_and_keeps_what_was_saved(saved, run):
     assert all(torch.equal(value, weights(run)[name]) for name, value in weights(saved).items())
 
 
-def test_or_the_run_goes_on_without_it(run, capsys):
+def test_or_the_run_goes_on_without_it(run, capsys, no_file_above):
     for path in checkpoints(run.output_dir)[1:]:
         shutil.rmtree(path)
     config = DistillConfig(**{**vars(run), "on_failed_save": "continue"})

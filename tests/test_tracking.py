@@ -1,6 +1,6 @@
 import importlib.util
 import json
-import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -10,8 +10,16 @@ from pathlib import Path
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
+from kdkit.checkpoint import checkpoints
+from kdkit.config import RunStopped
 from kdkit.tracking import Tracker, read_metrics
 from kdkit.train import train
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+spec = importlib.util.spec_from_file_location("trackers", BENCHMARKS / "trackers.py")
+trackers = importlib.util.module_from_spec(spec)
+sys.modules["trackers"] = trackers
+spec.loader.exec_module(trackers)
 
 TRAIN_KEYS = {"loss", "ce_loss", "kl_loss", "learning_rate", "grad_norm", "epoch", "step", "tokens_per_second"}
 EVAL_KEYS = {"loss", "ce_loss", "kl_loss", "min_loss", "epoch", "step", "perplexity", "kl_t1", "top1_agreement",
@@ -84,18 +92,78 @@ def test_without_the_client_a_run_goes_on(small, capsys, monkeypatch):
     assert_goes_on_without(capsys.readouterr().out, config, "not installed")
 
 
-@pytest.mark.parametrize("key, why", [(None, "not logged in"), ("0" * 40, "")])
-def test_without_a_login_or_a_network_a_run_goes_on(small, tmp_path, key, why):
-    """The real client, in a process of its own, whose server is a port where nobody listens."""
+def with_client(config, server, home, case="", **changes) -> str:
+    """What a run prints whose real client, logged in, talks to a server of this machine."""
+    environment = {**trackers.environment(server, home), "WANDB_INIT_TIMEOUT": "2", **changes}
+    arguments = [f"--{name}={value}" for name, value in vars(config).items() if value is not None]
+    run = subprocess.run(
+        [sys.executable, "-c", trackers.PROGRAM, case, *arguments],
+        env={name: value for name, value in environment.items() if value}, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert trackers.KEY not in run.stdout + run.stderr
+    return run.stdout
+
+
+def steps_of(config):
+    events = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    return [event["train/step"] for event in events if "train/step" in event]
+
+
+@pytest.mark.parametrize("mode, key, why", [("answers", "", "not logged in"), ("hangs", trackers.KEY, "249")])
+def test_without_a_login_or_an_answer_a_run_goes_on(small, tmp_path, mode, key, why):
+    config = small(use_wandb=True, max_steps=8)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "wandb_id.txt").write_text("249")
+    with trackers.serve(mode) as server:
+        printed = with_client(config, server, tmp_path, WANDB_API_KEY=key)
+    (line,) = [line for line in printed.splitlines() if "Weights & Biases" in line]
+    assert "metrics.jsonl (not to Weights & Biases: " in line and why in line
+    assert steps_of(config) == list(range(1, 9))
+
+
+def test_a_server_that_begins_to_refuse_costs_no_step(small, tmp_path):
+    config = small(use_wandb=True, max_steps=8)
+    with trackers.serve("refuses later") as server:
+        assert "and Weights & Biases (http://127.0.0.1" in with_client(config, server, tmp_path)
+        assert any("file_stream" in path for path, _ in server.requests)
+    assert steps_of(config) == list(range(1, 9))
+
+
+def test_a_client_that_is_killed_costs_no_step_and_the_run_goes_on_under_its_id(small, tmp_path):
+    """And its key is nowhere: not printed, not in a file of the run."""
+    config = small(use_wandb=True, max_steps=8, save_steps=4)
+    ids = []
+    for case in ("killed", ""):
+        with trackers.serve("answers") as server:
+            printed = with_client(config, server, tmp_path, case)
+            assert ("no more to Weights & Biases (" in printed) == (case == "killed")
+        for query in ("RunResumeStatus", "UpsertBucket"):  # asks whether the run is there, and goes on with it
+            (body,) = [body for path, body in server.requests if path == "/graphql" and query in body][:1]
+            ids.append(json.loads(body)["variables"]["name"])
+        assert steps_of(config) == list(range(1, 9))
+        shutil.rmtree(checkpoints(config.output_dir)[-1])  # so that there is something to go on with
+    assert set(ids) == {(Path(config.output_dir) / "wandb_id.txt").read_text()}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 10 and not [path for path in files if trackers.KEY.encode() in path.read_bytes()]
+
+
+def test_a_run_that_starts_over_is_another_one(small):
     config = small(use_wandb=True, max_steps=1)
-    config.save(tmp_path / "recipe.yaml")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    environment |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "2", "HOME": str(tmp_path)}
-    if key:
-        environment["WANDB_API_KEY"] = key
-    command = [sys.executable, "-m", "kdkit.train", "--config", str(tmp_path / "recipe.yaml")]
-    run = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
-    assert_goes_on_without(run.stdout, config, why)
+    train(config)
+    first = (Path(config.output_dir) / "wandb_id.txt").read_text()
+    train(small(use_wandb=True, max_steps=1, resume="never"))
+    assert (Path(config.output_dir) / "wandb_id.txt").read_text() != first
+
+
+def test_a_disk_too_full_for_a_line_stops_the_run(small, no_file_above):
+    config = small()
+    Path(config.output_dir).mkdir()
+    tracker = Tracker(config)
+    with no_file_above(10), pytest.raises(RunStopped, match=r"metrics.jsonl cannot be written \(File too large\)"):
+        tracker.log_evaluation({"eval/loss": 1.0}, step=0, epoch=0.0)
+    tracker.finish()
 
 
 def test_the_run_has_a_telling_name(small):
