@@ -296,6 +296,49 @@ def test_a_rank_killed_in_a_save_costs_nothing_that_was_saved(small, tmp_path):
     assert_same_run(config, whole, 0)
 
 
+def test_a_fault_on_one_rank_stops_both_and_is_named(small, tmp_path):
+    """The teacher of rank 1 alone gives NaN, in one row: both stop, in one line, and neither waits for the other."""
+    fault = """
+        import functools, os, sys
+        from kdkit import train
+        load, events = train.load_teacher, []
+        def broken(*arguments):
+            teacher = load(*arguments)
+            def spoil(module, inputs, output):
+                if os.environ["RANK"] == "1" and len(events) == 3:  # an evaluation and two steps
+                    output.last_hidden_state[0] *= float("nan")
+            teacher.base_model.register_forward_hook(spoil)
+            return teacher
+        train.load_teacher = broken
+        train.train = functools.partial(train.train, watch=events.append)
+        train.main(sys.argv[1:])
+    """
+    config = small(max_steps=6, save_steps=2)
+    run = subprocess.run(
+        command("ddp", script(tmp_path, fault), *arguments(config)), capture_output=True, text=True, timeout=LIMIT
+    )
+    assert run.returncode != 0
+    said = "kdkit: the loss or its gradient of step 3 is not finite (rank 1: divergence (teacher) in 1 of 4 rows)"
+    assert run.stderr.count(said) == 2 and "Traceback (most recent call last):\n  File" not in run.stderr.split(said)[0]
+    assert [path.name for path in Path(config.output_dir).glob("not_finite*")] == [
+        "not_finite_step_00000003_rank_1.jsonl"
+    ]
+    assert [path.name for path in checkpoints(config.output_dir)] == ["step_00000002"]
+
+
+def test_a_part_of_a_sharded_checkpoint_is_not_enough(runs, tmp_path):
+    """One rank's file and its line in SHA256SUMS are gone: nothing is loaded of the other half."""
+    folder = shutil.copytree(finished(runs, "fsdp", 1).output_dir, tmp_path / "run")
+    newest = checkpoints(folder)[-1]
+    (shard,) = newest.glob("shard-00001-*")
+    shard.unlink()
+    sums = (newest / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (newest / "SHA256SUMS").write_text("".join(line for line in sums if shard.name not in line))
+    config = type(runs["fsdp", 1])(**{**vars(runs["fsdp", 1]), "output_dir": str(folder), "batch_size": 8})
+    with pytest.raises(ValueError, match=r"step_\d+ does not fit the student"):
+        train(config)
+
+
 def test_a_rank_that_fails_takes_the_others_down_with_its_own_error(tmp_path):
     fail = """
         from kdkit.devices import start_accelerator
