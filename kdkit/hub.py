@@ -39,9 +39,9 @@ def load_pretrained(auto_class, name: str, role: str, config: DistillConfig | No
 
     logging.disable_progress_bar()  # of reading a file; downloads keep theirs
     path = resolve(name, role)
+    options["trust_remote_code"] = config is not None and config.trust_remote_code
     if config is not None and name != "embedded":
         options["revision"] = getattr(config, f"{role}_revision") or "main"
-        options["trust_remote_code"] = config.trust_remote_code
     try:
         return auto_class.from_pretrained(path, **options)
     except loading_errors() as error:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from kdkit import DistillConfig, load_config
-from kdkit.config import FIELDS, read_config
+from kdkit.config import FIELDS, UsageError, read_config
 from kdkit.losses import DIVERGENCES
 
 
@@ -112,3 +112,13 @@ def test_help_explains_every_field():
 def test_importing_the_package_is_cheap():
     code = "import sys, kdkit; print([m for m in ('torch', 'transformers', 'datasets', 'wandb') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_yaml_makes_no_objects(tmp_path):
+    made = tmp_path / "made"
+    file = write(tmp_path / "r.yaml", f"dataset: !!python/object/apply:os.mkdir [{str(made)!r}]")
+    with pytest.raises(UsageError, match="is not valid YAML"):
+        load_config(["--config", file])
+    assert not made.exists()
+    yaml.unsafe_load((tmp_path / "r.yaml").read_text())
+    assert made.exists()  # so the test can fail

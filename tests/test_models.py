@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -318,3 +319,44 @@ def test_rows_longer_than_a_context_are_refused(small):
 def test_dropout_in_the_student_is_reported(small):
     report = check(small, tiny(), tiny(attention_dropout=0.1)).report
     assert "note: the student has dropout (attention_dropout 0.1)" in report
+
+
+# --- nothing that runs code
+
+
+def evil(tmp_path, **config):
+    """A model folder whose code, or whose weights when unpickled, make the file `made`."""
+    folder = shutil.copytree(ASSETS / "embedded_student", tmp_path / "evil")
+    shutil.copytree(ASSETS / "embedded_teacher", folder, dirs_exist_ok=True, ignore=lambda *_: ["model.safetensors"])
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, **config}))
+    return str(folder), tmp_path / "made"
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path):
+    classes = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    folder, made = evil(tmp_path, model_type="evil", auto_map=classes)
+    (Path(folder) / "code.py").write_text(f"open({str(made)!r}, 'w')")
+    with pytest.raises(UsageError, match=r"teacher_model .* comes with Python code of its own, which is not run"):
+        load_teacher(folder)
+    assert not made.exists()
+
+
+class MakesAFile:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_weights_are_not_unpickled(tmp_path):
+    folder, made = evil(tmp_path)
+    torch.save({"model.norm.weight": MakesAFile(made)}, Path(folder) / "pytorch_model.bin")
+    with pytest.raises(UsageError, match="could not be loaded: .*safetensors"):
+        load_teacher(folder)
+    assert not made.exists()
+    torch.load(Path(folder) / "pytorch_model.bin", weights_only=False)
+    assert made.exists()  # so the test can fail

@@ -1,5 +1,10 @@
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import nbformat
@@ -187,6 +192,27 @@ def test_it_says_what_it_is_about_to_do(small, capsys):
     for words in ("2.43 M parameters, frozen", "0.53 M parameters, starts at random", "loss = 0.3 * CE + 0.7 * 2^2",
                   "2 rows x 3 micro-batches x 1 ranks = 6 rows", "metrics.jsonl", "final"):  # fmt: skip
         assert words in printed, words
+
+
+def test_the_demo_touches_no_network(tmp_path):
+    """In a network namespace without any interface, and with each address that Python asks for on record."""
+    program = """
+        import sys
+        def hook(event, arguments):
+            if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+                print("NETWORK", event, arguments)
+        sys.addaudithook(hook)
+        from kdkit.train import main
+        main(sys.argv[1:])
+    """
+    away = ["unshare", "--map-root-user", "--net"]
+    if shutil.which("unshare") is None or subprocess.run([*away, "true"], capture_output=True).returncode != 0:
+        away = []  # where that is not allowed, the record alone
+    fields = ["--max_steps=2", "--max_eval_tokens=600", f"--output_dir={tmp_path / 'run'}"]
+    command = [*away, sys.executable, "-c", textwrap.dedent(program), "--config=recipes/demo.yaml", *fields]
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert "NETWORK" not in run.stdout and "the student is in" in run.stdout
 
 
 # --- the notebook is the source
