@@ -113,7 +113,7 @@ def test_training_leaves_the_teacher_as_it_was(small, monkeypatch):
         teachers.append(load_teacher(*arguments))
         return teachers[-1]
 
-    monkeypatch.setattr(train_module, "load_teacher", keep)
+    monkeypatch.setattr(train_module.targets, "load_teacher", keep)
     train(small())
     fresh = load_teacher(dtype=torch.float32).state_dict()
     assert all(torch.equal(fresh[name], value) for name, value in teachers[0].state_dict().items())
