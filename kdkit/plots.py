@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2)), (0, (3, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
-HATCHES = ("", "///", "...", "xxx")
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")
 TEACHER = "#444444"
 
 
@@ -282,4 +282,41 @@ def predicted_and_counted(groups: dict[str, tuple[float, float, float]], quantit
                       linestyle="", capsize=3, label=name)  # fmt: skip
     axis.set(xlabel=f"{quantity}, predicted", ylabel=f"{quantity}, counted", xlim=(0, 1.02), ylim=(0, 1.02))
     axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def stacked_bars(
+    bars: dict[str, dict[str, float]], *, xlabel: str, title: str = "", levels: dict[str, float] | None = None
+) -> Figure:
+    """What a whole is made of, one bar for each whole, with its total at the end.
+
+    Args:
+        bars: whole -> part -> size; the same parts in the same order in each.
+        levels: name -> a size that the wholes are compared with, drawn as a vertical line.
+    """
+    figure, (axis,) = _figure(1, width=8.2, height=1.5 + 0.55 * len(bars))
+    longest = max([sum(parts.values()) for parts in bars.values()] + list((levels or {}).values()))
+    left = np.zeros(len(bars))
+    for index, part in enumerate(next(iter(bars.values()))):
+        sizes = np.array([parts[part] for parts in bars.values()])
+        drawn = axis.barh(range(len(bars)), sizes, 0.62, left, color=COLOURS[index % 6], hatch=HATCHES[index % 6],
+                          edgecolor="white", linewidth=0.8, label=part)  # fmt: skip
+        texts = [f"{size:.1f}" if size > 0.045 * longest else "" for size in sizes]
+        for text in axis.bar_label(drawn, labels=texts, label_type="center", fontsize=7):
+            if text.get_text():
+                text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85})
+        left += sizes
+    for row, total in enumerate(left):
+        axis.annotate(f"{total:.1f}", (total, row), (4, 0), textcoords="offset points", va="center", weight="bold",
+                      fontsize=8)  # fmt: skip
+    for name, level in (levels or {}).items():
+        axis.axvline(level, color=TEACHER, linewidth=1.2, linestyle=":")
+        axis.annotate(name, (level, 1.0), (0, 2), xycoords=("data", "axes fraction"), textcoords="offset points",
+                      ha="center", fontsize=8, color=TEACHER)  # fmt: skip
+    axis.set_yticks(range(len(bars)), list(bars), fontsize=9)
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.set(xlabel=xlabel, xlim=(0, 1.08 * longest))
+    axis.set_title(title, pad=14 if levels else 6)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     return figure

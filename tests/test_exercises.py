@@ -51,6 +51,23 @@ def step_loss(sums, counts):
 """,
         ("sum(sums) / sum(counts)", "sum(s / c for s, c in zip(sums, counts)) / len(sums)"),
     ),
+    ("04_scaling_out", "layout"): (
+        """
+def layout(rows, ranks, fits):
+    mine = rows // ranks
+    batch_size = max(size for size in range(1, fits + 1) if mine % size == 0)
+    return batch_size, mine // batch_size
+""",
+        ("mine = rows // ranks", "mine = rows"),
+    ),
+    ("04_scaling_out", "tokens_that_fit"): (
+        """
+def tokens_that_fit(card, teacher, student, per_token, per_token_loss):
+    left = card - 2 * teacher - 18 * student
+    return int(left // (per_token + per_token_loss))
+""",
+        ("18 * student", "16 * student"),
+    ),
     ("05_evaluate", "gain"): (
         """
 def gain(ce_only, distilled):
