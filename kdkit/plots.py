@@ -301,7 +301,7 @@ def stacked_bars(
         sizes = np.array([parts[part] for parts in bars.values()])
         drawn = axis.barh(range(len(bars)), sizes, 0.62, left, color=COLOURS[index % 6], hatch=HATCHES[index % 6],
                           edgecolor="white", linewidth=0.8, label=part)  # fmt: skip
-        texts = [f"{size:.1f}" if size > 0.045 * longest else "" for size in sizes]
+        texts = [f"{size:.1f}" if size > 0.035 * longest else "" for size in sizes]
         for text in axis.bar_label(drawn, labels=texts, label_type="center", fontsize=7):
             if text.get_text():
                 text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85})

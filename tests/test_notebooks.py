@@ -22,6 +22,7 @@ boxes = [value for name, value in list(globals().items())
          if isinstance(value, ipywidgets.interactive) and not name.startswith("_")]
 assert boxes
 for box in boxes:
+    assert box.auto_display  # else a reader would see sliders and no figure
     for slider in box.kwargs_widgets:
         if not hasattr(slider, "max"):
             continue
