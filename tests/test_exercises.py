@@ -51,6 +51,13 @@ def step_loss(sums, counts):
 """,
         ("sum(sums) / sum(counts)", "sum(s / c for s, c in zip(sums, counts)) / len(sums)"),
     ),
+    ("03_train", "steps_repeated"): (
+        """
+def steps_repeated(cut, save_steps):
+    return cut % save_steps
+""",
+        ("cut % save_steps", "cut - save_steps"),
+    ),
     ("04_scaling_out", "layout"): (
         """
 def layout(rows, ranks, fits):
