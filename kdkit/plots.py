@@ -195,19 +195,21 @@ def token_bars(tokens: Sequence[str], groups: dict[str, Sequence[float]], title:
     return figure
 
 
-def reliability(groups: dict[str, tuple[Sequence[float], Sequence[bool]]], title: str = "", bins: int = 10) -> Figure:
+def reliability(
+    groups: dict[str, tuple[Sequence[float], Sequence[bool]]], title: str = "", bins: int = 10, least: int = 20
+) -> Figure:
     """Does a model that says 70 % come true in 70 % of the cases? On the diagonal it does; below, it promises too much.
 
     Args:
-        groups: name -> (confidence, whether it came true), each (N,), one for a token. Bins without a token are left
-            out.
+        groups: name -> (confidence, whether it came true), each (N,), one for a token.
+        least: tokens that a bin must have to be shown; the share of a few is mostly chance.
     """
     figure, (left, right) = _figure(2, width=4.8)
     left.plot([0, 1], [0, 1], color=TEACHER, linewidth=1, linestyle=":", label="calibrated")
     for index, (name, (confidence, came_true)) in enumerate(groups.items()):
         confidence, came_true = np.asarray(confidence, dtype=float), np.asarray(came_true, dtype=float)
         bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
-        cells = [bin_of == b for b in range(bins) if (bin_of == b).any()]
+        cells = [bin_of == b for b in range(bins) if (bin_of == b).sum() >= least]
         means = [confidence[cell].mean() for cell in cells]
         style = {"color": COLOURS[index % 6], "linestyle": STYLES[index % 6], "marker": MARKERS[index % 6]}
         left.plot(means, [came_true[cell].mean() for cell in cells], label=name, markersize=5, **style)
