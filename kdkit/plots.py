@@ -66,7 +66,7 @@ def training_curves(history: list[dict]) -> Figure:
         events = [event for event in history if f"{part}/step" in event]
         steps, losses = ([event[f"{part}/{key}"] for event in events] for key in ("step", "loss"))
         style = {"marker": "o", "markersize": 4} if part == "eval" else {"linewidth": 1}
-        label = {"train": "training text, each step", "eval": "held-out text"}[part]
+        label = {"train": "training text, single steps", "eval": "held-out text"}[part]
         axis.plot(steps, losses, color=COLOURS[index], label=label, **style)
     axis.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axis.legend(frameon=False)
