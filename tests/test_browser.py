@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WAIT = 120_000  # milliseconds until something that should happen counts as not happening: machines may be busy
 SETTINGS = {
@@ -42,7 +42,8 @@ def lab(tmp_path_factory):
     """The address of a JupyterLab on a copy of the notebooks."""
     pytest.importorskip("jupyterlab", reason="JupyterLab is not installed (the extra notebook has it)")
     root = tmp_path_factory.mktemp("lab")
-    shutil.copytree(NOTEBOOKS, root / "notebooks")
+    for folder in ("notebooks", "accelerate_configs", "benchmarks"):  # the latter two are read by notebook 4
+        shutil.copytree(ROOT / folder, root / folder)
     for name, values in SETTINGS.items():
         path = root / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
