@@ -199,7 +199,7 @@ def save_checkpoint(accelerator: Accelerator, student, optimizer, step: int, con
     if problem:
         if accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)  # makes room
-        newest = next((path.name for path in checkpoints(config.output_dir)[::-1]), "none")
+        newest = next((path.name for path in checkpoints(config.output_dir)[::-1]), "yet to be written")
         message = f"step {step} could not be saved in {root} ({problem}); the newest checkpoint is {newest}"
         if config.on_failed_save == "stop":
             raise RunStopped(f"{message}. Make room and start the same command again: it goes on from there")
