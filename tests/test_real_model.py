@@ -1,0 +1,124 @@
+"""A real model, distilled: SmolLM2-135M-Instruct, whose end-of-turn token is also its padding.
+
+Skipped where there is no folder with it: the one that KDKIT_REAL_MODEL names, or models/smollm2-135m-instruct, which
+recipes/smollm2_from_package.py makes.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdkit.data import collate, load_rows, pack, row_tokens
+from kdkit.documents import Document
+from kdkit.losses import IGNORE_INDEX
+from kdkit.models import BodyAndHead, check_pair, load_teacher, load_tokenizer, student_from_layers
+from kdkit.tokens import tokenize_documents
+from kdkit.train import train
+
+ROOT = Path(__file__).parent.parent
+FOLDER = Path(os.environ.get("KDKIT_REAL_MODEL", ROOT / "models" / "smollm2-135m-instruct"))
+pytestmark = pytest.mark.skipif(not (FOLDER / "config.json").is_file(), reason=f"no model in {FOLDER}")
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return load_teacher(str(FOLDER), torch.float32)
+
+
+@pytest.fixture
+def real(small, monkeypatch):
+    """A run of a few steps with a student of half the layers, in bf16."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+
+    def make(**fields):
+        defaults = {
+            "teacher_model": str(FOLDER), "student_layers": 15, "learning_rate": 2e-4, "warmup_ratio": 0.0,
+            "max_train_tokens": 1000, "max_eval_tokens": 250, "max_length": 128, "batch_size": 2, "max_steps": 3,
+        }  # fmt: skip
+        return small(**{**defaults, **fields})
+
+    return make
+
+
+def evaluations(history):
+    return [event for event in history if "eval/kl_t1" in event]
+
+
+def test_a_document_in_a_pack_gets_the_logits_of_it_alone_from_both_models(teacher):
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    texts = ("The capital of France is Paris.", "def f(x):\n    return x", "Water boils at 100 degrees")
+    rows = tokenize_documents([Document(text, text) for text in texts], tokenizer, 64)
+    batch = collate(pack(rows, 64), tokenizer.pad_token_id, length=48)  # with padding, which has the end's id
+    assert teacher.config._attn_implementation == "sdpa" and batch["input_ids"].shape == (1, 48)
+    for model in (teacher, student_from_layers(teacher, 15).eval()):
+        with torch.no_grad():
+            packed = BodyAndHead(model)(batch, lambda hidden, head: hidden @ head.T)[0]
+            start = 0
+            for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
+                alone = model(torch.tensor([row["input_ids"]])).logits[0]  # plain transformers, without positions
+                torch.testing.assert_close(packed[start : start + len(alone)], alone, rtol=1e-3, atol=1e-3)
+                start += len(alone)
+
+
+def test_the_report_tells_what_is_special(real, teacher):
+    config = real()
+    tokenizer = load_tokenizer(config)
+    pair = check_pair(config, teacher, student_from_layers(teacher, 2), tokenizer)
+    assert pair.vocab_size == 49152
+    assert any("pad <|im_end|> (padding is told" in line for line in pair.report)
+
+
+def test_text_is_distilled_cut_resumed_exported_and_continued(real):
+    config = real(save_steps=2)
+    whole = evaluations(train(config))
+    earlier, newest = sorted(Path(config.output_dir).glob("checkpoints/*"))
+    assert (earlier.name, newest.name) == ("step_00000002", "step_00000003")
+    shutil.rmtree(newest)  # as if it had been cut after step 2
+    resumed = evaluations(train(config))
+    assert resumed[-1]["eval/kl_t1"] == pytest.approx(whole[-1]["eval/kl_t1"], rel=1e-3)
+    assert whole[-1]["eval/kl_t1"] < 0.9 * whole[0]["eval/kl_t1"]
+    assert whole[0]["eval/teacher_ce_loss"] < whole[0]["eval/ce_loss"]
+
+    final = Path(config.output_dir) / "final"
+    student = AutoModelForCausalLM.from_pretrained(final)
+    assert student.config.num_hidden_layers == 15
+    assert (
+        student.lm_head.weight.data_ptr() == student.model.embed_tokens.weight.data_ptr()
+    )  # tied, and once in the file
+    assert (final / "model.safetensors").stat().st_size < 4 * 1.01 * student.num_parameters()
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    inputs = tokenizer("The function returns", return_tensors="pt")
+    written = student.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert written.shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_conversations_are_distilled_with_their_ends(real, tmp_path):
+    lines = [
+        {"messages": [
+            {"role": "user", "content": f"What is {n} plus {n}?"}, {"role": "assistant", "content": f"{2 * n}."},
+            {"role": "user", "content": "And one more?"}, {"role": "assistant", "content": f"That is {2 * n + 1}."},
+        ]}
+        for n in range(40)
+    ]  # fmt: skip
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = real(dataset=str(tmp_path / "chat.jsonl"), eval_fraction=0.2, alpha=0.5)
+    tokenizer = load_tokenizer(config)
+    rows, _ = load_rows(config, tokenizer)
+    learned = tokenizer.decode([token for token, in_loss, _ in row_tokens(rows[0]) if in_loss])
+    assert learned.count("<|im_end|>") == 2 * sum(position == 0 for position in rows[0]["position_ids"])
+    assert "What" not in learned and "assistant" not in learned and "\n" not in learned and "That is" in learned
+    batch = collate(rows[:2], tokenizer.pad_token_id, length=140)
+    assert (batch["labels"][:, 128:] == IGNORE_INDEX).all() and (batch["labels"] == tokenizer.eos_token_id).any()
+
+    before, after = (evaluations(train(config))[i] for i in (0, -1))
+    assert after["eval/loss"] < before["eval/loss"] and after["eval/ce_loss"] < before["eval/ce_loss"]
+    student = AutoModelForCausalLM.from_pretrained(Path(config.output_dir) / "final")
+    tokenizer = AutoTokenizer.from_pretrained(Path(config.output_dir) / "final")
+    prompt = tokenizer.apply_chat_template(lines[0]["messages"][:1], add_generation_prompt=True, return_tensors="pt")
+    written = student.generate(**prompt, max_new_tokens=5, do_sample=False)
+    assert written.shape[1] > prompt["input_ids"].shape[1]
