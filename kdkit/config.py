@@ -71,7 +71,7 @@ class DistillConfig:
     dataset_config: str | None = None
     """The configuration of a hub dataset that has several."""
     dataset_split: str = "train"
-    """The split to learn from; as datasets writes them, so that train[:10%%] works too."""
+    """The split to learn from; as datasets writes them, so that train[:1000] works too."""
     dataset_revision: str | None = None
     """The branch, tag or commit of a hub dataset; None is its main branch."""
     streaming: bool = False

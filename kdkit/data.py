@@ -57,6 +57,12 @@ def load_rows(config: DistillConfig, tokenizer) -> tuple[Sequence[dict], Sequenc
     separate = config.eval_dataset is not None or config.eval_split is not None
     eval_dataset, eval_split = config.eval_dataset or config.dataset, config.eval_split or config.dataset_split
     parts = ("all", "all") if separate else ("train", "held_out")
+    same_split = eval_split == config.dataset_split or config.dataset == "embedded"  # which has but one
+    if separate and eval_dataset == config.dataset and same_split:
+        raise UsageError(
+            f"eval_dataset {eval_dataset}, split {eval_split}, is what is trained on: name another, or leave both "
+            "eval_dataset and eval_split out, which holds out eval_fraction of the samples"
+        )
     return (
         _part_rows(config, tokenizer, config.dataset, config.dataset_split, parts[0], config.max_train_tokens),
         _part_rows(config, tokenizer, eval_dataset, eval_split, parts[1], config.max_eval_tokens),
@@ -84,6 +90,9 @@ def _part_rows(config, tokenizer, name: str, split: str, part: str, max_tokens: 
             check_chat_template(tokenizer, source.name)
         file = _cache_file(config, tokenizer, source, part, max_tokens)
         found = cached_rows(file, lambda: rows(documents_of(source, config, part)), counts, source.name)
+        found.origin = (
+            f"{'texts' if source.kind == 'texts' else 'conversations'} of column {' and '.join(source.columns)}"
+        )
     if found:
         return found
     samples = found.counts["samples"]
@@ -123,8 +132,9 @@ def _cache_file(config, tokenizer, source: Source, part: str, max_tokens: int | 
 
 
 def describe_rows(rows: Sequence[dict], config: DistillConfig) -> list[str]:
-    """Lines about what was cut and left out when the rows were made."""
-    counts, lines = getattr(rows, "counts", Counter()), []
+    """Lines about the columns that were read, and what was cut and left out when the rows were made."""
+    counts = getattr(rows, "counts", Counter())
+    lines = [rows.origin] if isinstance(rows, MappedRows) else []
     if counts["too_long"]:
         mode = config.truncation_mode or "split if texts, keep_start if conversations"
         lines.append(

@@ -13,7 +13,7 @@ from kdkit.config import DistillConfig, UsageError
 
 ASSETS = Path(__file__).parent / "assets"
 
-ENVIRONMENT = "set HF_HOME to a folder on a larger disk"
+ENVIRONMENT = "set HF_HOME (or HF_DATASETS_CACHE) to a folder on a larger disk"
 
 
 def resolve(name: str, role: str) -> str:

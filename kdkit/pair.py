@@ -66,7 +66,8 @@ def check_pair(config: DistillConfig, teacher: nn.Module, student: nn.Module, to
         report.append(
             f"heads: {rows['teacher']:,} and {rows['student']:,} rows, both cut to {vocab_size:,} before the softmax"
         )
-    report.append(f"context: {' and '.join(f'{context_of(m) or 0:,}' for m in models.values())} tokens")
+    contexts = [context_of(model) for model in models.values()]
+    report.append(f"context: {' and '.join(f'{c:,}' if c else 'any number of' for c in contexts)} tokens")
     return Pair(
         vocab_size, report + _special_tokens(tokenizer, other) + _templates(tokenizer, other) + _dropout(student)
     )

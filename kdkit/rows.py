@@ -30,6 +30,7 @@ class MappedRows(Sequence):
     def __init__(self, file: Path):
         import datasets
 
+        self.origin = ""  # the columns they were made of
         self.dataset = datasets.Dataset.from_file(str(file))
         self.counts = Counter(json.loads(file.with_suffix(".json").read_text()))
 

@@ -180,6 +180,15 @@ def test_conversations_become_rows_and_eval_data_is_another_split(small, tokeniz
     assert count_tokens(train) == sum(label != IGNORE_INDEX for row in train for label in row["labels"])
 
 
+@pytest.mark.parametrize("fields", [{"eval_split": "test"}, {"eval_dataset": "embedded"}])
+def test_what_is_trained_on_is_not_evaluated_on(small, tokenizer, tmp_path, fields):
+    with pytest.raises(UsageError, match="is what is trained on"):
+        data.load_rows(small(**fields), tokenizer)
+    file = json_lines(tmp_path / "a.jsonl", {"text": "x"})
+    with pytest.raises(UsageError, match="is what is trained on"):
+        data.load_rows(small(dataset=file, eval_split="train"), tokenizer)
+
+
 @pytest.mark.parametrize("records", [[{"messages": [{"role": "user", "content": "hi"}]}] * 40, [{"text": ""}] * 40])
 def test_a_dataset_with_nothing_to_learn_is_named(small, tokenizer, tmp_path, monkeypatch, records):
     monkeypatch.setattr(tokenizer, "chat_template", CHATML)
@@ -199,7 +208,8 @@ def test_what_was_cut_and_dropped_is_told(small, tokenizer, tmp_path, monkeypatc
     records = [chat("word " * 60), chat("short"), {"messages": [{"role": "user", "content": "hi"}]}]
     config = small(dataset=json_lines(tmp_path / "a.jsonl", *records), eval_dataset="embedded", max_train_tokens=None)
     rows, _ = data.load_rows(config, tokenizer)
-    long, dropped = data.describe_rows(rows, config)
+    columns, long, dropped = data.describe_rows(rows, config)
+    assert columns == "conversations of column messages"
     assert long.startswith("1 of 3 samples have over 64 tokens") and "keep_start" in long
     assert dropped == "2 of 3 samples are left out: nothing in them to learn"  # the long one's answer was cut off
 
