@@ -121,7 +121,7 @@ def test_a_folder_that_is_no_model_is_named(tmp_path):
 
 def test_a_folder_without_weights_is_named_before_the_data_is_read(small, folder):
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    torch.save(load_teacher().state_dict(), folder / "pytorch_model.bin")  # whole, but a pickle
     config = small(teacher_model=str(folder), dataset="never/looked-at")
     for look in (lambda: train(config), lambda: load_teacher(str(folder))):
         with pytest.raises(UsageError, match=r"teacher_model .*model .*safetensors"):
