@@ -91,6 +91,22 @@ def speedup(a, gamma, cost):
 """,
         ("gamma * cost + 1", "gamma * cost"),
     ),
+    ("06_stored_targets", "tokens_on_disk"): (
+        """
+def tokens_on_disk(free, kind, width, vocabulary, k):
+    if kind == "hidden":
+        return (free - 2 * vocabulary * width) // (2 * width)
+    return free // (k * (2 if vocabulary <= 2**16 else 4) + 2 * (k + 1))
+""",
+        ("free - 2 * vocabulary * width", "free"),
+    ),
+    ("06_stored_targets", "tail_gradient"): (
+        """
+def tail_gradient(q_v, p_tail, q_tail):
+    return q_v * (1 - p_tail / q_tail)
+""",
+        ("1 - p_tail / q_tail", "q_tail - p_tail"),
+    ),
 }
 
 
