@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,6 +9,8 @@ import yaml
 from kdkit import DistillConfig, load_config
 from kdkit.config import FIELDS, UsageError, read_config
 from kdkit.losses import DIVERGENCES
+
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def write(path, text):
@@ -74,6 +77,25 @@ def test_a_typo_in_a_file_gets_the_nearest_name_and_the_file(tmp_path):
     file = write(tmp_path / "r.yaml", "temprature: 2")
     with pytest.raises(ValueError, match=r"r\.yaml.*temprature.*did you mean temperature\?"):
         load_config(["--config", file])
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_configuration(recipe):
+    assert read_config(recipe).output_dir == f"runs/{recipe.stem}"
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--streaming", "true"], ["max_train_tokens is None", "streaming"]),
+        (["--group_by_length", "true"], ["group_by_length is True", "packing"]),
+        (["--truncation_mode", "middle"], ["truncation_mode", "keep_start"]),
+    ],
+)
+def test_fields_that_do_not_go_together_are_named(argv, named):
+    with pytest.raises(ValueError) as error:
+        load_config(argv)
+    assert all(word in str(error.value) for word in named), str(error.value)
 
 
 @pytest.mark.parametrize("text", ["- alpha", "alpha: [", "just words"])
