@@ -35,7 +35,7 @@ demo: $(call installed,base)  ## distil the embedded teacher, beside a twin with
 	$(RUN) -m kdkit.evaluate runs/demo_ce runs/demo
 
 test: $(call installed,dev)  ## the whole suite, on two cores
-	$(RUN) -m pytest -n 2 --dist loadfile tests/test_notebooks.py tests  # the longest file first
+	$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 # the folder that tests/test_real_model.py runs on, where it is
 models/smollm2-135m-instruct: | $(call installed,dev)

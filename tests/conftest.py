@@ -22,6 +22,15 @@ atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=Tr
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """On several workers the tests of a file stay together, since they share what they made. Notebooks share nothing;
+    they take longest, and start first."""
+    items.sort(key=lambda item: ("05_evaluate" not in item.nodeid, item.path.stem != "test_notebooks"))
+    for item in items:
+        group = item.nodeid if item.path.stem == "test_notebooks" else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerator(monkeypatch):
     """accelerate keeps its settings for the life of the process; each test has its own, in fp32 unless it says so."""

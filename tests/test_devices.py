@@ -303,7 +303,7 @@ def test_a_fault_on_one_rank_stops_both_and_is_named(small, tmp_path):
     fault = """
         import functools, os, sys
         from kdkit import train
-        load, events = train.load_teacher, []
+        load, events = train.targets.load_teacher, []
         def broken(*arguments):
             teacher = load(*arguments)
             def spoil(module, inputs, output):
@@ -311,7 +311,7 @@ def test_a_fault_on_one_rank_stops_both_and_is_named(small, tmp_path):
                     output.last_hidden_state[0] *= float("nan")
             teacher.base_model.register_forward_hook(spoil)
             return teacher
-        train.load_teacher = broken
+        train.targets.load_teacher = broken
         train.train = functools.partial(train.train, watch=events.append)
         train.main(sys.argv[1:])
     """
