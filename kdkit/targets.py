@@ -255,6 +255,8 @@ def _check_made_for(folder: Path, made_for: dict, now: dict) -> None:
     names = [name for name in {**made_for, **now} if made_for.get(name) != now.get(name)]
     if now["teacher_model"] is None:  # the weights are not on this machine, and need not be
         names = [name for name in names if name != "teacher_model"]
+    if set(names) & set(DATA_FIELDS):  # of which these two follow
+        names = [name for name in names if name not in ("training text", "held-out text")]
     if names:
         differing = "; ".join(f"{name} was {made_for.get(name)!r}, is {now.get(name)!r}" for name in names)
         raise UsageError(
