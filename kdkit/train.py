@@ -48,7 +48,8 @@ def make_optimizer(model: torch.nn.Module, config: DistillConfig) -> torch.optim
     others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)  # one pass over them, not ten
+    # fused: one pass over the weights and their state, not ten
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(step: int, num_steps: int, config: DistillConfig) -> float:
