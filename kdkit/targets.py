@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from kdkit import files
 from kdkit.config import DistillConfig, UsageError, load_config
 from kdkit.data import DATA_FIELDS, collate, empty_row, load_rows
 from kdkit.devices import leave_processes, place_teacher, start_accelerator
@@ -217,18 +218,20 @@ class Parts:
         tensors = {key: torch.cat(found) for key, found in pieces.items()}
         return {key: x.int() if x.dtype == torch.uint16 else x for key, x in tensors.items()}  # few devices know uint16
 
-    def write(self, part: int, tensors: dict[str, Tensor]) -> None:
-        """Write the file of a part, whole or not at all."""
-        aside = self.folder / f".writing_{self.path(part).name}"
-        try:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, aside)
-        except (SafetensorError, OSError) as error:
-            aside.unlink(missing_ok=True)
-            raise UsageError(
-                f"{self.path(part)} could not be written ({error}). The files before it are kept: make room, and run "
-                "the same command again"
-            ) from error
-        os.replace(aside, self.path(part))
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file of tensors, whole or not at all."""
+    aside = path.with_name(f".writing_{path.name}")
+    try:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, aside)
+    except (SafetensorError, OSError) as error:
+        aside.unlink(missing_ok=True)
+        raise UsageError(
+            f"{path} could not be written ({error}). The files before it are kept: make room, and run the same command "
+            "again"
+        ) from error
+    files.sync(aside)
+    os.replace(aside, path)
 
 
 # --- what the targets were made for --------------------------------------------------------------------------
@@ -271,11 +274,11 @@ def teacher_fingerprint(config: DistillConfig) -> str | None:
     Files of up to 16 MiB are read whole. Of larger ones samples do: when a model is trained on, all weights change.
     """
     folder = teacher_folder(config)
-    files = [] if folder is None else sorted(folder.glob("*.safetensors"))
-    if not files:
+    paths = [] if folder is None else sorted(folder.glob("*.safetensors"))
+    if not paths:
         return None
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in files:
+    for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
@@ -361,8 +364,7 @@ def store(config: DistillConfig) -> Path:
     empty = collate([empty_row(tokenizer.pad_token_id)], tokenizer.pad_token_id)
     head = teacher({key: value.to(accelerator.device) for key, value in empty.items()}, lambda _, head: head.cpu())
     if accelerator.is_main_process and not (folder / "head.safetensors").is_file():
-        save_file({"head": head.contiguous()}, folder / ".writing_head")
-        os.replace(folder / ".writing_head", folder / "head.safetensors")
+        _write(folder / "head.safetensors", {"head": head})
     for name in rows:
         keep = _keep_hidden if name == "eval" or config.targets == "hidden" else _keep_top_k(config, vocab_size)
         _store_rows(parts[name], rows[name], teacher, keep, config.batch_size, tokenizer.pad_token_id, accelerator)
@@ -387,9 +389,7 @@ def _prepare(folder: Path, made_for: dict, layout: dict, parts: dict[str, Parts]
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".writing_*"):
             leftover.unlink()
-        aside = folder / ".writing_targets.json"
-        aside.write_text(json.dumps({"made_for": made_for, "layout": layout}, indent=2), encoding="utf-8")
-        os.replace(aside, folder / "targets.json")
+        files.write_text(folder / "targets.json", json.dumps({"made_for": made_for, "layout": layout}, indent=2))
     except OSError as error:
         raise UsageError(f"targets_dir {folder} cannot be written ({error.strerror}): choose another") from error
     need = 0
@@ -440,7 +440,7 @@ def _store_rows(parts: Parts, rows, teacher, keep, batch_size: int, pad_token_id
             kept.append(teacher(batch, keep, batch["labels"]))
         if mine:
             dtypes = {key: getattr(torch, dtype) for key, (_, dtype) in parts.tensors.items()}
-            parts.write(now[rank], {key: torch.cat([x[key] for x in kept]).to(dtypes[key]) for key in dtypes})
+            _write(parts.path(now[rank]), {key: torch.cat([x[key] for x in kept]).to(dtypes[key]) for key in dtypes})
         progress.update(len(now))
     progress.close()
 
