@@ -111,8 +111,8 @@ def series(folder: Path, moments: list[str], num_ranks: int, max_steps: int, see
     """
     from safetensors.torch import load_file
 
-    from kdkit.checkpoint import checkpoints
-    from kdkit.tracking import read_metrics
+    from kdkit.running.checkpoint import checkpoints
+    from kdkit.running.tracking import read_metrics
 
     choose, fields = random.Random(seed), {"max_steps": max_steps}
     disturbed, alone = folder / f"disturbed_{num_ranks}", folder / f"alone_{num_ranks}"

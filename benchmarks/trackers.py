@@ -90,7 +90,7 @@ def environment(server, home: Path) -> dict:
 PROGRAM = """
 import os, signal, subprocess, sys, time
 from kdkit import load_config
-from kdkit.tracking import Tracker
+from kdkit.running.tracking import Tracker
 from kdkit.train import train
 kill, times, calls, call = sys.argv[1] == "killed", [], [], Tracker._try_wandb
 def timed(*arguments):

@@ -1,169 +1,187 @@
-"""The configuration of a run: one flat dataclass, read from YAML and the command line.
+"""The configuration of a run: one dataclass of five groups of fields, read from YAML and the command line.
 
     python -m kdkit.train --config recipes/demo.yaml --alpha 0.5
 
-How a run is spread over devices is not in here: that is accelerate's YAML.
+How a run is distributed over devices is not configured here but in accelerate's YAML file.
 """
 
+import argparse
 import dataclasses
 import difflib
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
-from kdkit.files import write_text
-
 
 class UsageError(ValueError):
-    """A mistake of the user's: shown as one line that names the value and the remedy, without a traceback."""
+    """A mistake of the user. Shown as one line that names the value and the remedy, without a traceback."""
 
 
 class RunStopped(RuntimeError):
-    """A run that cannot go on, for a reason that one line can tell; raised by all ranks alike."""
+    """A run that cannot continue, for a reason that fits in one line. All ranks raise it together."""
+
+
+def may_change(default: Any) -> Any:
+    """A field that does not change what is computed: a run may be resumed with another value of it."""
+    return field(default=default, metadata={"may_change": True})
 
 
 @dataclass
-class DistillConfig:
-    """Distil a large causal language model (the teacher) into a small one (the student)."""
+class ModelFields:
+    """models: the teacher and the student"""
 
     teacher_model: str = "embedded"
-    """Hub id or local folder of the teacher; "embedded" is the one that kdkit carries."""
+    """Hub id (or id@revision) or local folder of the teacher; "embedded" is the one that kdkit ships."""
     student_model: str = "embedded"
-    """Hub id or local folder of the student; "embedded" is a two-layer Llama that starts at random."""
+    """Hub id (or id@revision) or local folder; "embedded" is a two-layer Llama that starts from random weights."""
     student_layers: list[int] | int | None = None
-    """Start the student from these layers of the teacher instead: a list, or a count spread evenly, first and last
-    kept. student_model is then not used."""
+    """Start the student from layers of the teacher, not from student_model: a list of indices, or a count (spread
+    evenly, first and last kept)."""
     student_random_init: bool = False
-    """Start the student at random, from the config of student_model alone."""
-    teacher_revision: str | None = None
-    """The teacher's branch, tag or commit on the hub; None is its main branch."""
-    student_revision: str | None = None
-    """The student's branch, tag or commit on the hub; None is its main branch."""
+    """Start the student from random weights; only the config of student_model is read."""
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The type of the teacher's weights; auto is bfloat16 in bf16 mixed precision, else float32. The student's are
-    float32."""
+    """The dtype of the teacher's weights (the student's are float32); auto is bfloat16 with bf16 mixed precision,
+    otherwise float32."""
     attn_implementation: str | None = None
-    """The attention of both models: sdpa, eager, flash_attention_2 ...; None is transformers' choice (sdpa)."""
+    """The attention of both models: sdpa, eager, flash_attention_2, ...; None is the default of transformers."""
     trust_remote_code: bool = False
     """Run the Python code that comes with a model on the hub. Only for code that you have read."""
-    chat_template: str | None = None
-    """A Jinja file with the chat template to use, where the tokenizer has none or another one is wanted."""
-
-    teacher_placement: Literal["auto", "replicate", "shard", "offload"] = "auto"
-    """Where the teacher's weights are: whole on each device, sharded over the ranks, or with the CPU; auto says what
-    it chose."""
+    teacher_placement: Literal["auto", "replicate", "shard", "offload"] = may_change("auto")
+    """Where the teacher's weights are: a copy on each device, sharded over the ranks, or in CPU memory."""
     targets: Literal["online", "hidden", "top_k"] = "online"
     """Where the teacher's targets come from: online runs the teacher on each batch; hidden and top_k read what
-    python -m kdkit.targets has stored in targets_dir, its last hidden states (exact), or its likeliest tokens."""
-    targets_dir: str | None = None
-    """The folder of stored targets."""
+    python -m kdkit.targets stored in targets_dir: the last hidden states (exact), or the most likely tokens."""
+    targets_dir: str | None = may_change(None)
+    """The folder of the stored targets."""
     top_k: int = 64
-    """How many of the teacher's likeliest tokens are stored for targets top_k; all others are one bucket."""
-    export_dtype: Literal["float32", "bfloat16"] = "float32"
-    """The type of the weights in final/."""
+    """How many of the teacher's most likely tokens are stored for targets top_k; all others share one bucket."""
+
+
+@dataclass
+class DataFields:
+    """data: the text to learn from and to evaluate on"""
 
     dataset: str = "embedded"
-    """What to learn from: a hub id, a .txt, .jsonl, .json, .parquet or .csv file, or a folder of such files;
-    "embedded" is Python's documentation."""
+    """What to learn from: a hub id (or id@revision), a .txt, .jsonl, .json, .parquet or .csv file, or a folder of such
+    files; "embedded" is the documentation of Python."""
     dataset_config: str | None = None
     """The configuration of a hub dataset that has several."""
     dataset_split: str = "train"
-    """The split to learn from; as datasets writes them, so that train[:1000] works too."""
-    dataset_revision: str | None = None
-    """The branch, tag or commit of a hub dataset; None is its main branch."""
+    """The split to learn from, in the notation of datasets: train[:1000] works too."""
     streaming: bool = False
-    """Read no more of the dataset than max_train_tokens and max_eval_tokens need, in its order, instead of all."""
+    """Read only as much of the dataset, in its order, as max_train_tokens and max_eval_tokens need."""
     text_column: str = "text"
     """The column of texts; used when there are no conversations."""
     messages_column: str | None = "messages"
-    """The column of conversations (lists of role and content); used where it exists. The assistant's turns are in the
-    loss, the rest is not."""
+    """The column of conversations (lists of role and content), used if it exists. Only assistant turns are learned."""
     prompt_column: str | None = "prompt"
-    """With completion_column, the columns of conversations of one turn; used where both exist and messages do not."""
+    """With completion_column: conversations of one turn; used if both columns exist and there are no messages."""
     completion_column: str | None = "completion"
-    """The answers to prompt_column, which are in the loss."""
+    """The answers to prompt_column, which are learned."""
+    chat_template: str | None = None
+    """A Jinja file with the chat template to use, if the tokenizer has none or another one is wanted."""
     eval_dataset: str | None = None
-    """What to evaluate on, given as dataset is; by default it is dataset."""
+    """What to evaluate on, written as dataset is; by default it is dataset."""
     eval_split: str | None = None
-    """The split to evaluate on; by default a part of dataset_split is held out, or dataset_split of eval_dataset is
-    used."""
+    """The split to evaluate on; by default a fraction of dataset_split is held out, or eval_dataset's split is used."""
     eval_fraction: float = 0.08
-    """The share of the samples that is held out when neither eval_dataset nor eval_split is given."""
+    """The fraction of the samples that is held out if neither eval_dataset nor eval_split is given."""
     max_train_tokens: int | None = None
-    """Use about this many tokens of the training text, taken by whole documents in a random order."""
+    """Use about this many tokens of the training text: complete samples, in a random order."""
     max_eval_tokens: int | None = 20000
-    """Evaluate on about this many held-out tokens (the same ones each time); None is all of them."""
+    """Evaluate on about this many held-out tokens, the same ones each time; None is all of them."""
     max_length: int = 256
     """Tokens of a row."""
     truncation_mode: Literal["split", "keep_start", "keep_end", "drop"] | None = None
-    """What is done with a sample longer than max_length: split into rows, cut, or left out; None is split for texts and
-    keep_start for conversations."""
+    """What is done with a sample longer than max_length; None is split for texts and keep_start for conversations."""
     packing: bool = True
-    """Fill rows with several samples, which do not see each other; otherwise one sample a row."""
-    group_by_length: bool = False
-    """Make steps of rows of similar length, so that little is padding: the alternative to packing."""
+    """Fill rows with several samples, which cannot attend to each other; otherwise one sample per row."""
+    num_proc: int | None = may_change(None)
+    """Processes that tokenise the text; None is one less than the number of CPU cores, and at least 1."""
+
+
+@dataclass
+class LossFields:
+    """loss: what the student minimises"""
+
+    alpha: float = 0.0
+    """Weight of the cross-entropy: loss = alpha * CE + (1 - alpha) * T^2 * divergence. 0 is pure KL, 1 pure CE."""
+    temperature: float = 1.0
+    """T: in the divergence, the logits of both models are divided by it."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"] = (
+        "forward_kl"
+    )
+    """Which divergence between teacher and student: see kdkit/losses.py."""
+    beta: float = 0.5
+    """Weight of the teacher in the mixture of the jsd divergence, in (0, 1)."""
+    skew: float = 0.1
+    """The skew of skew_kl and skew_reverse_kl, in [0, 1)."""
+    fused_loss: bool = may_change(True)
+    """Compute the loss in chunks, without ever holding all logits; false is the plain reference, which holds them."""
+    compile_loss: bool | None = may_change(None)
+    """Compile the fused loss with torch.compile. None decides by the size of the run, and prints what it chose."""
+
+
+@dataclass
+class OptimizationFields:
+    """optimization: batches, steps and the learning rate"""
 
     batch_size: int = 8
     """Rows of a micro-batch on each device."""
     gradient_accumulation_steps: int = 1
     """Micro-batches of an optimizer step on each device."""
     num_epochs: float = 3.0
-    """Passes over the training text; max_steps, where given, decides instead."""
+    """Passes over the training text; max_steps, if given, decides instead."""
     max_steps: int | None = None
     """Optimizer steps of the whole run."""
-    learning_rate: float = 2e-3
-    """The peak of AdamW's rate. The default suits a small student from scratch; a pretrained one wants 1e-5 to 1e-4."""
+    learning_rate: float | None = None
+    """The peak of AdamW's learning rate. None is 2e-3 for a student from random weights, 2e-5 for a pretrained one."""
     weight_decay: float = 0.1
-    """AdamW's decay, on matrices only."""
+    """AdamW's weight decay, applied to matrices only."""
     warmup_ratio: float = 0.05
-    """The share of the steps in which the rate rises to its peak, before it falls to 0 along a cosine."""
+    """The fraction of the steps in which the learning rate rises to its peak, before it falls to 0 along a cosine."""
     max_grad_norm: float = 1.0
-    """The gradient is scaled down to this norm where it exceeds it."""
-
-    alpha: float = 0.0
-    """Weight of the cross-entropy: loss = alpha * CE + (1 - alpha) * T^2 * divergence. 0 is pure KL, 1 pure CE."""
-    temperature: float = 1.0
-    """T: both models' logits are divided by it in the divergence."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"] = (
-        "forward_kl"
-    )
-    """Which divergence of teacher and student: see kdkit/losses.py."""
-    beta: float = 0.5
-    """Weight of the teacher in the mixture of the jsd divergence, in (0, 1)."""
-    skew: float = 0.1
-    """The skew of skew_kl and skew_reverse_kl, in [0, 1)."""
-    fused_loss: bool = True
-    """Compute the loss without ever holding all the logits; false is the plain reference, which holds them."""
-
+    """A gradient with a larger norm is scaled down to this norm."""
     seed: int = 0
     """Decides the student's random start, the order of the rows and dropout."""
-    output_dir: str = "runs/default"
+
+
+@dataclass
+class RunFields:
+    """run: the output folder, logging and checkpoints"""
+
+    output_dir: str = may_change("runs/default")
     """The folder of the run: config.yaml, metrics.jsonl, checkpoints/ and final/."""
-    logging_steps: int = 10
+    logging_steps: int = may_change(10)
     """Steps between two lines of training metrics."""
-    eval_steps: int | None = 100
-    """Steps between two evaluations; None is at the start and at the end only."""
-    save_steps: int | None = 100
-    """Steps between two checkpoints; None is at the end only."""
-    keep_checkpoints: int = 3
+    eval_steps: int | None = may_change(100)
+    """Steps between two evaluations; None evaluates at the start and at the end only."""
+    save_steps: int | None = may_change(100)
+    """Steps between two checkpoints; None saves at the end only."""
+    keep_checkpoints: int = may_change(3)
     """How many of the newest checkpoints are kept."""
-    on_failed_save: Literal["stop", "continue"] = "stop"
-    """What happens when a checkpoint cannot be written (a full disk): stop with an error, or go on without it. Those
-    before are kept in either case."""
-    resume: str = "auto"
-    """auto: go on from the newest whole checkpoint of output_dir, if there is one; never: start over, which replaces
-    the run in output_dir; or the path of a checkpoint."""
-    use_wandb: bool = True
-    """Log to Weights & Biases too, where it is installed and usable."""
-    wandb_project: str = "slm-distillation"
+    resume: str = may_change("auto")
+    """auto resumes from the newest complete checkpoint of output_dir, if there is one; never starts over, which
+    replaces the run in output_dir; or the path of a checkpoint."""
+    export_dtype: Literal["float32", "bfloat16"] = may_change("float32")
+    """The dtype of the weights in final/."""
+    use_wandb: bool = may_change(True)
+    """Log to Weights & Biases too, if it is installed and usable."""
+    wandb_project: str = may_change("slm-distillation")
     """The project at Weights & Biases."""
-    wandb_entity: str | None = None
+    wandb_entity: str | None = may_change(None)
     """The user or team at Weights & Biases; None is your default."""
-    wandb_run_name: str | None = None
+    wandb_run_name: str | None = may_change(None)
     """The run's name at Weights & Biases; None makes one from the settings."""
+
+
+@dataclass
+class DistillConfig(RunFields, OptimizationFields, LossFields, DataFields, ModelFields):
+    """Distil a large causal language model (the teacher) into a small one (the student)."""
 
     def __post_init__(self):
         def check(ok: bool, name: str, expected: str) -> None:
@@ -174,71 +192,73 @@ class DistillConfig:
         check(0 < self.temperature < float("inf"), "temperature", "a number above 0 (1 leaves the softmax as it is)")
         check(0 < self.beta < 1, "beta", "0 < beta < 1; for the ends use forward_kl or reverse_kl")
         check(0 <= self.skew < 1, "skew", "0 <= skew < 1 (0.1 is usual)")
-        check(0 < self.eval_fraction < 1, "eval_fraction", "a share between 0 and 1")
-        check(0 <= self.warmup_ratio <= 1, "warmup_ratio", "a share between 0 and 1")
-        check(self.learning_rate > 0, "learning_rate", "a number above 0")
+        check(0 < self.eval_fraction < 1, "eval_fraction", "a fraction between 0 and 1")
+        check(0 <= self.warmup_ratio <= 1, "warmup_ratio", "a fraction between 0 and 1")
         check(self.weight_decay >= 0, "weight_decay", "0 or more")
         check(self.max_grad_norm > 0, "max_grad_norm", "a number above 0 (inf switches clipping off)")
         check(self.num_epochs > 0, "num_epochs", "a number above 0")
+        check(self.learning_rate is None or self.learning_rate > 0, "learning_rate", "a number above 0, or null")
         check(self.max_length >= 2, "max_length", "at least 2")
         check(bool(self.output_dir), "output_dir", "a folder")
-        stored = self.targets != "online"
-        check(
-            not stored or self.targets_dir,
-            "targets_dir",
-            f"the folder of stored targets, since targets is {self.targets}",
-        )
+        check(self.targets == "online" or self.targets_dir, "targets_dir", f"a folder, as targets is {self.targets}")
         for name in ("batch_size", "gradient_accumulation_steps", "logging_steps", "keep_checkpoints", "top_k"):
             check(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("max_steps", "eval_steps", "save_steps", "max_train_tokens", "max_eval_tokens"):
+        for name in ("max_steps", "eval_steps", "save_steps", "max_train_tokens", "max_eval_tokens", "num_proc"):
             check(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1, or null")
-        check(not (self.packing and self.group_by_length), "group_by_length", "false with packing, whose rows are full")
         if self.streaming:
             for name in ("max_train_tokens", "max_eval_tokens"):
                 check(getattr(self, name) is not None, name, "a number with streaming, which reads until it has them")
 
     @property
+    def student_is_pretrained(self) -> bool:
+        """Whether the student starts from trained weights: its own, or layers of the teacher."""
+        return self.student_layers is not None or not (self.student_random_init or self.student_model == "embedded")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """learning_rate, or the default for how the student starts."""
+        return self.learning_rate or (2e-5 if self.student_is_pretrained else 2e-3)
+
+    @property
     def divergence_options(self) -> dict[str, float]:
-        """The option that the divergence has, if any: `beta` or `skew`."""
+        """The option that the divergence takes, if any: `beta` or `skew`."""
         if self.divergence == "jsd":
             return {"beta": self.beta}
         return {"skew": self.skew} if self.divergence.startswith("skew") else {}
 
     @property
     def loss_formula(self) -> str:
-        """The loss with its values, as shown wherever alpha is."""
-        option = "".join(f", {name}={value:g}" for name, value in self.divergence_options.items())
+        """The loss with its values, as printed wherever alpha is."""
+        options = "".join(f", {name}={value:g}" for name, value in self.divergence_options.items())
         return (
             f"loss = {self.alpha:g} * CE + {1 - self.alpha:g} * {self.temperature:g}^2 * "
-            f"{self.divergence}(teacher, student; T={self.temperature:g}{option})"
+            f"{self.divergence}(teacher, student; T={self.temperature:g}{options})"
         )
 
-    @property
-    def run_name(self) -> str:
-        """wandb_run_name, or one made from the settings."""
-        if self.wandb_run_name:
-            return self.wandb_run_name
-        teacher = Path(self.teacher_model).name
-        student = Path(self.student_model).name if self.student_layers is None else f"{teacher}-layers"
-        what = "ce" if self.alpha == 1 else f"{self.divergence}-alpha{self.alpha:g}-T{self.temperature:g}"
-        return f"{teacher}-to-{student}-{what}-seed{self.seed}"
-
-    def save(self, path: Path) -> None:
-        """Write the configuration as YAML, every field of it."""
-        write_text(path, yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, with the defaults that depend on other fields filled in: the content of config.yaml."""
+        return {**dataclasses.asdict(self), "learning_rate": self.peak_learning_rate}
 
 
+GROUPS = DistillConfig.__mro__[1:-1][::-1]  # the five classes above, in their order
 FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
+REMOVED = {  # fields of earlier versions: the default they had, and what replaces them
+    "group_by_length": (False, "packing: true leaves little padding, too"),
+    "on_failed_save": ("stop", "a run stops if a checkpoint cannot be written, and keeps the earlier ones"),
+    "teacher_revision": (None, "write teacher_model: id@revision"),
+    "student_revision": (None, "write student_model: id@revision"),
+    "dataset_revision": (None, "write dataset: id@revision"),
+}
 
 
 def load_config(argv: list[str] | None = None, command: str = "python -m kdkit.train") -> DistillConfig:
     """Read a configuration from a command line: `[--config recipe.yaml] [--field value ...]`.
 
-    A field on the command line beats the YAML wherever it stands; what neither names has its default.
+    A field on the command line overrides the YAML file, wherever it stands. A field in neither has its default.
 
     Args:
         argv: the arguments; None takes those of the process.
-        command: what --help calls it.
+        command: the name of the command in --help.
 
     Raises:
         UsageError (a ValueError): an unknown field (with the nearest name), or a value of the wrong type or range.
@@ -246,68 +266,60 @@ def load_config(argv: list[str] | None = None, command: str = "python -m kdkit.t
     """
     import jsonargparse
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    path, argv = _take_config(argv)
-    for argument in argv:
-        if argument.startswith("--"):
-            _check_name(argument[2:].split("=")[0], "the command line", "--", extra=["config", "help"])
-    if path is not None:
-        _check_yaml(path)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config")
+    try:
+        known, rest = first.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    except argparse.ArgumentError:
+        raise UsageError("--config is the last argument, expected the path of a YAML file after it") from None
+    for argument in rest:
+        if argument.startswith("--") and argument != "--help":
+            _check_name(argument[2:].split("=")[0], "the command line", "--")
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=command, description=DistillConfig.__doc__, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="A YAML file of fields.")
-    parser.add_class_arguments(DistillConfig)
+    usage = f"{command} [--config FILE] [--field value ...]"
+    parser = jsonargparse.ArgumentParser(usage=usage, description=DistillConfig.__doc__, exit_on_error=False)
+    parser.add_argument("--config", metavar="FILE", help="A YAML file of fields; the command line overrides it.")
+    for group in GROUPS:
+        parser.add_class_arguments(group)
     try:
-        # the file first, so that the command line, which comes after, has the last word
-        values = parser.parse_args((["--config", str(path)] if path else []) + argv)
+        values = parser.parse_args(([] if known.config is None else _read_yaml(known.config)) + rest)
     except jsonargparse.ArgumentError as error:
-        raise UsageError(_first_lines(error)) from None
+        raise UsageError(_one_line(error)) from None
     return DistillConfig(**{name: values[name] for name in FIELDS})
 
 
 def read_config(path: Path) -> DistillConfig:
-    """Read back what `DistillConfig.save` wrote, or any YAML of fields."""
+    """Read a YAML file of fields, such as the config.yaml of a run."""
     return load_config(["--config", str(path)])
 
 
-def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    """Split `--config FILE` (or `--config=FILE`) off the arguments."""
-    path, rest, position = None, [], 0
-    while position < len(argv):
-        argument = argv[position]
-        if argument == "--config":
-            if position + 1 == len(argv):
-                raise UsageError("--config is the last argument, expected the path of a YAML file after it")
-            path, position = argv[position + 1], position + 1
-        elif argument.startswith("--config="):
-            path = argument.removeprefix("--config=")
-        else:
-            rest.append(argument)
-        position += 1
-    return path, rest
-
-
-def _check_yaml(path: str) -> None:
-    if not Path(path).is_file():
-        raise UsageError(f"--config {path}: there is no such file")
+def _read_yaml(path: str) -> list[str]:
+    """The fields of a YAML file as arguments of a command line, with the names checked."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not valid YAML: {_first_lines(error)}") from None
+    except FileNotFoundError:
+        raise UsageError(f"--config {path}: there is no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds a {type(values).__name__}, expected lines of `field: value`")
+    # a removed field at its old default changed nothing, and stands in each config.yaml of the time
+    values = {name: value for name, value in values.items() if value != REMOVED.get(name, [...])[0]}
     for name in values:
         _check_name(str(name), path)
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
 
 
-def _check_name(name: str, where: str, prefix: str = "", extra: list[str] | None = None) -> None:
-    if name in FIELDS or name in (extra or []):
+def _check_name(name: str, where: str, prefix: str = "") -> None:
+    if name in FIELDS:
         return
+    if name in REMOVED:
+        raise UsageError(f"{where} has the field {prefix}{name}, which was removed: {REMOVED[name][1]}")
     nearest = difflib.get_close_matches(name.replace("-", "_"), FIELDS, n=1, cutoff=0.5)
     hint = f"did you mean {prefix}{nearest[0]}?" if nearest else "python -m kdkit.train --help lists the fields"
     raise UsageError(f"{where} has an unknown field {prefix}{name}: {hint}")
 
 
-def _first_lines(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -23,7 +23,7 @@ from kdkit.config import DistillConfig, UsageError, read_config
 from kdkit.data import collate, empty_row, load_rows
 from kdkit.losses import DIVERGENCES, IGNORE_INDEX, forward_kl
 from kdkit.models import BodyAndHead, count_parameters, load_teacher, load_tokenizer
-from kdkit.tracking import read_metrics
+from kdkit.running.tracking import read_metrics
 
 CHUNK = 1024  # tokens whose logits exist at once
 
@@ -170,8 +170,8 @@ COLUMNS = {  # heading -> key, format
 
 
 COMPARABLE = (  # what has to be the same for two runs' numbers to be of the same tokens
-    "teacher_model", "teacher_revision", "chat_template", "dataset", "dataset_config", "dataset_split",
-    "dataset_revision", "eval_dataset", "eval_split", "eval_fraction", "text_column", "messages_column",
+    "teacher_model", "chat_template", "dataset", "dataset_config", "dataset_split",
+    "eval_dataset", "eval_split", "eval_fraction", "text_column", "messages_column",
     "prompt_column", "completion_column", "max_eval_tokens", "max_length", "truncation_mode",
 )  # fmt: skip
 

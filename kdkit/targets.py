@@ -36,15 +36,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kdkit import files
 from kdkit.config import DistillConfig, UsageError, load_config
 from kdkit.data import DATA_FIELDS, collate, empty_row, load_rows
-from kdkit.devices import leave_processes, place_teacher, start_accelerator
 from kdkit.fused import precise_logits
 from kdkit.losses import IGNORE_INDEX, TopK, top_k
 from kdkit.models import (
     BodyAndHead,
     check_models,
+    context_of,
     count_parameters,
     load_student_config,
     load_teacher,
@@ -52,7 +51,8 @@ from kdkit.models import (
     teacher_dtype,
     teacher_folder,
 )
-from kdkit.pair import context_of
+from kdkit.running import files
+from kdkit.running.devices import leave_processes, place_teacher, start_accelerator
 
 Targets = Callable[[dict], tuple[Tensor | TopK | None, Tensor | None]]
 

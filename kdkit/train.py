@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from . import targets
-from kdkit.checkpoint import (
+from kdkit.running.checkpoint import (
     describe_resume,
     export,
     find_checkpoint,
@@ -26,9 +26,9 @@ from kdkit.checkpoint import (
 )
 from .config import DistillConfig, RunStopped, UsageError, load_config
 from .data import Steps, count_tokens, describe_rows, load_rows
-from .devices import clip_gradients, leave_processes, place_teacher, start_accelerator
+from .running.devices import clip_gradients, leave_processes, place_teacher, start_accelerator
 from .evaluate import describe_start, evaluate, evaluation_batches
-from .faults import stop_at_fault
+from .running.faults import stop_at_fault
 from .fused import fused_kd_loss
 from .losses import IGNORE_INDEX, dense_kd_loss
 from kdkit.models import (
@@ -39,7 +39,7 @@ from kdkit.models import (
     load_student,
     load_tokenizer,
 )
-from .tracking import Tracker
+from .running.tracking import Tracker
 
 # %% ../notebooks/03_train.ipynb #e814ca83
 def make_optimizer(model: torch.nn.Module, config: DistillConfig) -> torch.optim.AdamW:
@@ -49,16 +49,16 @@ def make_optimizer(model: torch.nn.Module, config: DistillConfig) -> torch.optim
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     # fused: one pass over the weights and their state, not ten
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=config.peak_learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(step: int, num_steps: int, config: DistillConfig) -> float:
     """The rate of a step (from 0): up in a line to the peak, then down a cosine to 0."""
     warmup = math.ceil(config.warmup_ratio * num_steps)
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        return config.peak_learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(num_steps - warmup, 1)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.peak_learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 # %% ../notebooks/03_train.ipynb #e95ad5bc
 def make_loss(config: DistillConfig, vocab_size: int):
@@ -95,9 +95,9 @@ def describe(config, accelerator, teacher, student, pair, steps, eval_rows) -> s
         f"run      {len(steps):,} steps = {len(steps) / steps.steps_per_epoch:.1f} epochs,"
         f" {accelerator.device.type}, {'fp32' if accelerator.mixed_precision == 'no' else accelerator.mixed_precision}",
     ]
-    if "at random" not in start and config.learning_rate > 5e-4:
+    if "at random" not in start and config.peak_learning_rate > 5e-4:
         lines.append(
-            f"note     learning_rate {config.learning_rate:g} is high for a pretrained student: 1e-5 to 1e-4 is usual"
+            f"note     learning_rate {config.peak_learning_rate:g} is high for a pretrained student: 1e-5 to 1e-4 is usual"
         )
     return "\n".join(lines)
 

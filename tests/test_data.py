@@ -12,16 +12,17 @@ from kdkit.config import UsageError
 from kdkit.data import (
     Document,
     Steps,
+    batches,
     collate,
     count_tokens,
     pack,
     row_lengths,
-    show_row,
     tokenize_documents,
 )
+from kdkit.data.__main__ import main, show_row
+from kdkit.data.batches import cached_rows
 from kdkit.losses import IGNORE_INDEX
 from kdkit.models import BodyAndHead, load_teacher, load_tokenizer
-from kdkit.rows import cached_rows
 
 
 @pytest.fixture(scope="module")
@@ -118,20 +119,6 @@ def test_epochs_or_steps(small):
         steps_of(small, rows, micro=4, accumulation=2, max_steps=5)[0][5]
 
 
-def test_rows_are_grouped_by_length_with_each_row_once(small):
-    rows = [{"input_ids": [i] * n, "labels": [i] * n, "position_ids": [0] * n} for i, n in enumerate([3, 60, 9] * 70)]
-    fields = {"micro": 4, "accumulation": 2, "max_steps": 54, "packing": False}
-    (plain,), (grouped,) = steps_of(small, rows, **fields), steps_of(small, rows, group_by_length=True, **fields)
-    for epoch in (0, 1):
-        steps = [grouped.step_rows(epoch * 27 + step) for step in range(27)]
-        assert sorted(row for step in steps for row in step) == list(range(210)) and len(steps[-1]) == 2
-        assert sum(len({len(rows[row]["input_ids"]) for row in step}) == 1 for step in steps) > 20
-        lengths = [len(rows[step[0]]["input_ids"]) for step in steps]
-        assert lengths != sorted(lengths) and lengths != sorted(lengths, reverse=True)
-    assert grouped.step_rows(0) != grouped.step_rows(27)  # another order in the next epoch
-    assert grouped.useful_share() > 0.9 > 0.6 > plain.useful_share()
-
-
 def test_the_useful_share_is_what_the_batches_hold(small):
     rows = numbered_rows(19)
     ranks = steps_of(small, rows, micro=3, accumulation=2, ranks=2, max_steps=2)
@@ -222,8 +209,8 @@ def words(path, count=200):
 
 
 def test_a_dataset_is_tokenised_once_by_whoever_comes_first(small, tokenizer, tmp_path, monkeypatch):
-    calls, make = [], data.make_rows
-    monkeypatch.setattr(data, "make_rows", lambda *args: calls.append(1) or time.sleep(0.2) or make(*args))
+    calls, make = [], batches.make_rows
+    monkeypatch.setattr(batches, "make_rows", lambda *args: calls.append(1) or time.sleep(0.2) or make(*args))
     config = small(dataset=words(tmp_path / "a.jsonl"))
     with ThreadPoolExecutor(2) as pool:  # two ranks, and then another run
         found = list(pool.map(lambda rank: data.load_rows(config, tokenizer), range(2)))
@@ -276,8 +263,8 @@ def test_rows_from_a_file_are_a_sequence_like_a_list(small, tokenizer, tmp_path)
 
 def test_packing_in_parts_keeps_every_token(tokenizer, monkeypatch):
     rows = tokenize_documents(documents(*(f"number {i} " * (i % 9 + 1) for i in range(200))), tokenizer, 64)
-    monkeypatch.setattr(data, "PACK_TOKENS", 500)
-    packed = list(data._pack_in_parts(iter(rows), 64))
+    monkeypatch.setattr(batches, "PACK_TOKENS", 500)
+    packed = list(batches._pack_in_parts(iter(rows), 64))
     assert len(packed) > len(pack(rows, 64)) * 0.95 and all(len(row["input_ids"]) <= 64 for row in packed)
     ids = sorted(i for row in rows for i in row["input_ids"])
     assert sorted(i for row in packed for i in row["input_ids"]) == ids
@@ -302,11 +289,11 @@ def test_a_row_is_shown_with_what_is_in_the_loss(small, tokenizer, tmp_path, mon
 
 
 def test_samples_are_printed_by_the_module(small, capsys, tmp_path):
-    data.main(["--dataset", json_lines(tmp_path / "a.jsonl", *[{"text": "abc"}] * 60), "--max_length", "64"])
+    main(["--dataset", json_lines(tmp_path / "a.jsonl", *[{"text": "abc"}] * 60), "--max_length", "64"])
     printed = capsys.readouterr().out
     assert "tokens in the loss" in printed and "<|bos|>[abc<|eos|>]" in printed
     with pytest.raises(SystemExit, match=r"kdkit: dataset nothing\.txt does not exist"):
-        data.main(["--dataset", "nothing.txt"])
+        main(["--dataset", "nothing.txt"])
 
 
 def test_a_long_cache_has_every_row(tmp_path):

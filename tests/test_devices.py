@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from kdkit import files
-from kdkit.checkpoint import checkpoints
-from kdkit.tracking import read_metrics
+from kdkit.running import files
+from kdkit.running.checkpoint import checkpoints
+from kdkit.running.tracking import read_metrics
 from kdkit.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -173,7 +173,7 @@ PROBE = """
     import torch, torch.distributed as dist
     from torch.distributed.tensor import DTensor
     from kdkit import DistillConfig
-    from kdkit.devices import leave_processes, place_teacher, start_accelerator
+    from kdkit.running.devices import leave_processes, place_teacher, start_accelerator
     from kdkit.models import BodyAndHead, count_parameters, load_student, load_teacher
     from kdkit.train import make_optimizer
 
@@ -346,7 +346,7 @@ def test_a_part_of_a_sharded_checkpoint_is_not_enough(runs, tmp_path):
 
 def test_a_rank_that_fails_takes_the_others_down_with_its_own_error(tmp_path):
     fail = """
-        from kdkit.devices import start_accelerator
+        from kdkit.running.devices import start_accelerator
         accelerator = start_accelerator()
         if accelerator.process_index == 1:
             raise RuntimeError("the disk of this rank is on fire")
@@ -366,9 +366,9 @@ def test_a_rank_that_fails_takes_the_others_down_with_its_own_error(tmp_path):
 def test_something_else_running_than_was_asked_for_is_an_error(environment, named):
     """As accelerate itself would go on: alone, without a word."""
     code = """if True:
-        import kdkit.devices
-        kdkit.devices._start_cpu_processes = lambda fsdp: None  # what accelerate does without it
-        kdkit.devices.start_accelerator()
+        import kdkit.running.devices
+        kdkit.running.devices._start_cpu_processes = lambda fsdp: None  # what accelerate does without it
+        kdkit.running.devices.start_accelerator()
     """
     run = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True

@@ -9,7 +9,7 @@ import pytest
 from datasets.exceptions import DatasetGenerationError
 
 from kdkit.config import UsageError
-from kdkit.documents import Document, documents_of, embedded_documents, open_source, split_documents
+from kdkit.data.sources import Document, documents_of, embedded_documents, open_source, split_documents
 
 # --- the embedded text
 
@@ -237,8 +237,8 @@ def hub(monkeypatch):
 )
 def test_what_the_hub_refuses_is_told_in_one_line(small, hub, status, code, said):
     hub(status, code)
-    with pytest.raises(UsageError, match=f"dataset some/data {said}") as error:
-        read(small, "some/data", dataset_revision="v9")
+    with pytest.raises(UsageError, match=f"dataset some/data@v9 {said}") as error:
+        read(small, "some/data@v9")
     assert "\n" not in str(error.value)
 
 

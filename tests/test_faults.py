@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from kdkit import train as train_module
-from kdkit.checkpoint import checkpoints
 from kdkit.config import RunStopped
 from kdkit.data import load_rows
 from kdkit.fused import fused_kd_loss
 from kdkit.losses import DIVERGENCES, kd_loss
 from kdkit.models import load_student, load_teacher, load_tokenizer
-from kdkit.tracking import read_metrics
+from kdkit.running.checkpoint import checkpoints
+from kdkit.running.tracking import read_metrics
 from kdkit.train import train
 
 NAN = float("nan")

@@ -12,7 +12,8 @@ import urllib.parse
 import pytest
 
 from kdkit.config import UsageError
-from kdkit.hub import ASSETS, explain
+from kdkit.models import ASSETS
+from kdkit.running.hub import explain
 
 COMMIT = "c" * 40
 CARD = """---

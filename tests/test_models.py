@@ -178,11 +178,11 @@ def cached_hub(tmp_path, monkeypatch):
 
 def test_a_hub_id_is_loaded_at_its_revision(small, cached_hub):
     pads = [
-        load_tokenizer(small(teacher_model=cached_hub, teacher_revision=revision)).pad_token
-        for revision in (None, "other", "b" * 40)
+        load_tokenizer(small(teacher_model=cached_hub + revision)).pad_token
+        for revision in ("", "@other", "@" + "b" * 40)
     ]
     assert pads == ["<|pad|>", "<|eos|>", "<|eos|>"]
-    config = small(teacher_model=cached_hub, student_model=cached_hub, student_revision="other")
+    config = small(teacher_model=cached_hub, student_model=f"{cached_hub}@other")
     check_models(config)
     teacher = load_teacher(cached_hub, config=config)
     assert any("pad <|pad|>" in line for line in check(small, teacher, load_student(config, teacher)).report)

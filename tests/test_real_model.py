@@ -13,11 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdkit.data import collate, load_rows, pack, row_tokens
-from kdkit.documents import Document
+from kdkit.data import collate, load_rows, pack
+from kdkit.data.__main__ import row_tokens
+from kdkit.data.chat import tokenize_documents
+from kdkit.data.sources import Document
 from kdkit.losses import IGNORE_INDEX
 from kdkit.models import BodyAndHead, check_pair, load_teacher, load_tokenizer, student_from_layers
-from kdkit.tokens import tokenize_documents
 from kdkit.train import train
 
 ROOT = Path(__file__).parent.parent

@@ -17,8 +17,8 @@ import kdkit.targets
 from kdkit.config import UsageError
 from kdkit.data import count_tokens, load_rows
 from kdkit.models import load_teacher, load_tokenizer
+from kdkit.running.tracking import read_metrics
 from kdkit.targets import Parts, store, teacher_fingerprint
-from kdkit.tracking import read_metrics
 from kdkit.train import train
 
 V = 1024  # of the embedded pair

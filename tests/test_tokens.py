@@ -4,11 +4,11 @@ import pytest
 
 from kdkit import DistillConfig
 from kdkit.config import UsageError
-from kdkit.documents import Document
+from kdkit.data.batches import collate
+from kdkit.data.chat import check_chat_template, make_rows, tokenize_conversation, tokenize_documents
+from kdkit.data.sources import Document
 from kdkit.losses import IGNORE_INDEX
 from kdkit.models import load_tokenizer
-from kdkit.rows import collate
-from kdkit.tokens import check_chat_template, make_rows, tokenize_conversation, tokenize_documents
 
 SYSTEM = "{% if messages[0]['role'] != 'system' %}<|bos|>system\nhelp<|eos|>\n{% endif %}"
 PROMPT = "{% if add_generation_prompt %}<|bos|>assistant\n{% endif %}"

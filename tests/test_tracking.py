@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from kdkit.checkpoint import checkpoints
 from kdkit.config import RunStopped
-from kdkit.tracking import Tracker, read_metrics
+from kdkit.running.checkpoint import checkpoints
+from kdkit.running.tracking import Tracker, read_metrics, run_name
 from kdkit.train import train
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -67,7 +67,7 @@ def test_the_real_client_writes_the_same_offline(small, capsys):
             break
         time.sleep(0.2)
     (run,) = [record.run for record in records if record.HasField("run")][:1]
-    assert (run.project, run.entity, run.display_name) == ("slm-distillation", "team", config.run_name)
+    assert (run.project, run.entity, run.display_name) == ("slm-distillation", "team", run_name(config))
     settings = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert settings["alpha"] == 0.3 and settings["teacher_model"] == "embedded"
     logged = []
@@ -167,9 +167,8 @@ def test_a_disk_too_full_for_a_line_stops_the_run(small, no_file_above):
 
 
 def test_the_run_has_a_telling_name(small):
-    assert small(alpha=0.5, temperature=2, seed=3).run_name == "embedded-to-embedded-forward_kl-alpha0.5-T2-seed3"
-    assert small(alpha=1).run_name == "embedded-to-embedded-ce-seed0"
-    assert small(wandb_run_name="mine").run_name == "mine"
+    assert run_name(small(alpha=0.5, temperature=2, seed=3)) == "embedded-to-embedded-forward_kl-alpha0.5-T2-seed3"
+    assert run_name(small(alpha=1)) == "embedded-to-embedded-ce-seed0"
 
 
 def test_a_log_that_goes_on_drops_what_will_be_logged_again(small):

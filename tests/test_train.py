@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdkit import load_config
 from kdkit import train as train_module
 from kdkit.data import Steps, load_rows
-from kdkit.devices import start_accelerator
 from kdkit.models import ASSETS, load_teacher, load_tokenizer
+from kdkit.running.devices import start_accelerator
 from kdkit.train import learning_rate, main, make_optimizer, train
 
 ROOT = Path(__file__).parent.parent

@@ -12,11 +12,11 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
@@ -24,15 +24,11 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from kdkit import files
-from kdkit.config import DistillConfig, RunStopped, UsageError, read_config
+from kdkit.config import FIELDS, DistillConfig, RunStopped, UsageError, read_config
 from kdkit.data import Steps
-from kdkit.tracking import WANDB_ID
+from kdkit.running import files
+from kdkit.running.tracking import WANDB_ID
 
-# These say how a run is watched and computed, not what it computes: they may differ when it goes on.
-FREE_FIELDS = {"output_dir", "resume", "logging_steps", "eval_steps", "save_steps", "keep_checkpoints"}
-FREE_FIELDS |= {"on_failed_save", "teacher_placement", "targets_dir", "export_dtype", "fused_loss"}
-FREE_PREFIX = ("use_wandb", "wandb_")
 # What these and the number of ranks make together, the rows of a step, may not.
 STEP_FIELDS = {"batch_size", "gradient_accumulation_steps"}
 
@@ -92,7 +88,7 @@ def _why_broken(path: Path, accelerator: Accelerator) -> str:
 
 
 def _check_same_run(config: DistillConfig, run_dir: Path, checkpoint: Path | None, num_ranks: int) -> None:
-    before, now = asdict(read_config(run_dir / "config.yaml")), asdict(config)
+    before, now = read_config(run_dir / "config.yaml").as_dict(), config.as_dict()
     if checkpoint is not None:
         rows = config.batch_size * config.gradient_accumulation_steps * num_ranks
         if rows == json.loads((checkpoint / "trainer.json").read_text())["rows_per_step"]:
@@ -100,7 +96,7 @@ def _check_same_run(config: DistillConfig, run_dir: Path, checkpoint: Path | Non
     differing = [
         f"{name} was {before[name]!r}, is {now[name]!r}"
         for name in now
-        if before[name] != now[name] and name not in FREE_FIELDS and not name.startswith(FREE_PREFIX)
+        if before[name] != now[name] and not FIELDS[name].metadata.get("may_change")
     ]
     if differing:
         raise UsageError(
@@ -132,7 +128,7 @@ def prepare_output_dir(config: DistillConfig) -> None:
             (output_dir / name).unlink(missing_ok=True)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        config.save(output_dir / "config.yaml")
+        files.write_text(output_dir / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
     except OSError as error:
         raise UsageError(f"output_dir {output_dir} cannot be written ({error.strerror}): choose another") from error
 
@@ -163,7 +159,7 @@ def save_checkpoint(accelerator: Accelerator, student, optimizer, step: int, con
     of a run that went on from here once, and were passed over when it was started again.
 
     Raises:
-        RunStopped: it could not be written (a full disk, say), and `on_failed_save` is "stop".
+        RunStopped: it could not be written (a full disk, say).
     """
     root = Path(config.output_dir) / "checkpoints"
     final, aside = root / f"step_{step:08d}", root / f".writing_step_{step:08d}"
@@ -201,9 +197,7 @@ def save_checkpoint(accelerator: Accelerator, student, optimizer, step: int, con
             shutil.rmtree(aside, ignore_errors=True)  # makes room
         newest = next((path.name for path in checkpoints(config.output_dir)[::-1]), "yet to be written")
         message = f"step {step} could not be saved in {root} ({problem}); the newest checkpoint is {newest}"
-        if config.on_failed_save == "stop":
-            raise RunStopped(f"{message}. Make room and start the same command again: it goes on from there")
-        accelerator.print(f"note     {message}; the run goes on, as on_failed_save says")
+        raise RunStopped(f"{message}. Make room and start the same command again: it goes on from there")
 
 
 def _problem(accelerator: Accelerator, work: Callable[[], None], on_main: bool = False) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdkit.config import DistillConfig, UsageError
-from kdkit.hub import explain, loading_errors
+from kdkit.running.hub import explain, loading_errors, split_revision
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -131,8 +131,8 @@ class Source(NamedTuple):
 def open_source(config: DistillConfig, name: str, split: str) -> Source:
     """Open a split of a hub dataset, a file or a folder through `datasets`, which caches what it downloads and reads.
 
-    A .txt file is one sample; a line of JSON, a row of Parquet or CSV is one. dataset_config and dataset_revision are
-    those of `config.dataset`.
+    A .txt file is one sample; a line of JSON, a row of Parquet or CSV is one. dataset_config is
+    that of `config.dataset`.
 
     Raises:
         UsageError: it cannot be loaded or read (with the file and the line), has no such split, is empty, or has none
@@ -143,7 +143,7 @@ def open_source(config: DistillConfig, name: str, split: str) -> Source:
     field = "dataset" if name == config.dataset else "eval_dataset"
     files, arguments = _load_arguments(field, name)
     if name == config.dataset:
-        arguments |= {"name": config.dataset_config, "revision": config.dataset_revision}
+        arguments["name"] = config.dataset_config
     try:
         samples = load_dataset(**arguments, split=split, streaming=config.streaming)
         if config.streaming:
@@ -184,7 +184,8 @@ def _load_arguments(field: str, name: str) -> tuple[list[Path], dict]:
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix in BUILDERS:
         raise UsageError(f'{field} {name} does not exist: give a file, a folder, a hub id, or "embedded"')
     else:
-        return [], {"path": name}
+        path, revision = split_revision(name)
+        return [], {"path": path, "revision": revision}
     if not any(file.stat().st_size for file in files):
         raise UsageError(f"{field} {name} holds no text: it is empty")
     if BUILDERS[files[0].suffix] == "text":

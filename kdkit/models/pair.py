@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kdkit.config import DistillConfig, UsageError
-from kdkit.hub import load_pretrained
+from kdkit.models.load import load_pretrained
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},

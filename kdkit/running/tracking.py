@@ -5,11 +5,10 @@ import json
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 from kdkit.config import DistillConfig, RunStopped
-from kdkit.files import write_text
+from kdkit.running.files import write_text
 
 WANDB_ID = "wandb_id.txt"
 
@@ -130,11 +129,11 @@ def _start_wandb(config: DistillConfig):
         run = wandb.init(
             project=config.wandb_project,
             entity=config.wandb_entity,
-            name=config.run_name,
+            name=config.wandb_run_name or run_name(config),
             id=_wandb_id(config),
             resume="allow",
             dir=config.output_dir,
-            config=asdict(config),
+            config=config.as_dict(),
             settings=wandb.Settings(
                 silent=True,
                 init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 20)),
@@ -146,6 +145,14 @@ def _start_wandb(config: DistillConfig):
     except Exception as error:  # of whatever kind, see `Tracker._try_wandb`
         return None, f" (not to Weights & Biases: {_reason(error)})"
     return run, f" and Weights & Biases ({run.url or 'offline, ' + run.dir})"
+
+
+def run_name(config: DistillConfig) -> str:
+    """A name made from the settings."""
+    teacher, student = Path(config.teacher_model).name, Path(config.student_model).name
+    student = student if config.student_layers is None else f"{teacher}-layers"
+    loss = "ce" if config.alpha == 1 else f"{config.divergence}-alpha{config.alpha:g}-T{config.temperature:g}"
+    return f"{teacher}-to-{student}-{loss}-seed{config.seed}"
 
 
 def _reason(error: Exception) -> str:

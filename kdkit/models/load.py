@@ -1,4 +1,4 @@
-"""Load the teacher and the student, freeze the one and start the other. Whether they fit is checked in `kdkit.pair`.
+"""Load the teacher and the student, freeze the one and start the other. Whether they fit is checked in `kdkit.models.pair`.
 
 Shapes: B rows, S tokens, H hidden width, V entries of a head.
 """
@@ -12,14 +12,10 @@ import torch
 from torch import nn
 
 from kdkit.config import DistillConfig, UsageError
-from kdkit.hub import ASSETS, load_pretrained, resolve
-from kdkit.pair import Pair, check_pair
+from kdkit.running.hub import explain, loading_errors, split_revision
 
-__all__ = [
-    "ASSETS", "BodyAndHead", "Pair", "check_models", "check_pair", "count_parameters", "load_student",
-    "load_student_config", "load_teacher", "load_tokenizer", "resolve", "student_from_layers", "teacher_dtype",
-    "teacher_folder",
-]  # fmt: skip
+
+ASSETS = Path(__file__).parent.parent / "assets"
 
 
 class BodyAndHead(nn.Module):
@@ -49,6 +45,39 @@ class BodyAndHead(nn.Module):
 
 
 # --- loading -------------------------------------------------------------------------------------------------
+
+
+def resolve(name: str, role: str) -> str:
+    """The folder of "embedded", and any other name as it is.
+
+    Raises:
+        UsageError: a name that can only be a folder, and is not one with a model in it.
+    """
+    if name == "embedded":
+        return str(ASSETS / f"embedded_{role}")
+    path = Path(name).expanduser()
+    looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(f"{role}_model {name} is a folder without a config.json: give a Hugging Face model folder")
+    if looks_like_path and not path.is_dir() and "/" in name:
+        raise UsageError(f"{role}_model {name} does not exist: give a model folder, a hub id, or embedded")
+    return str(path) if path.is_dir() else name
+
+
+def load_pretrained(auto_class, name: str, role: str, config: DistillConfig | None = None, **options):
+    """from_pretrained, with what transformers raises for a wrong name turned into one line."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of reading a file; downloads keep theirs
+    path = resolve(name, role)
+    options["trust_remote_code"] = config is not None and config.trust_remote_code
+    if config is not None and name != "embedded":
+        path, options["revision"] = split_revision(path)
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except loading_errors() as error:
+        remedy = "give a Hugging Face model folder with safetensors files, or a hub id"
+        raise explain(f"{role}_model", name, error, remedy) from error
 
 
 def _model_options(config: DistillConfig | None) -> dict:
@@ -101,7 +130,8 @@ def teacher_folder(config: DistillConfig) -> Path | None:
     path = Path(resolve(config.teacher_model, "teacher"))
     if path.is_dir():
         return path
-    found = try_to_load_from_cache(config.teacher_model, "config.json", revision=config.teacher_revision)
+    name, revision = split_revision(config.teacher_model)
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(found).parent if isinstance(found, str) else None
 
 

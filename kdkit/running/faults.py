@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 
-from kdkit import files
 from kdkit.config import DistillConfig, RunStopped
 from kdkit.losses import IGNORE_INDEX, TopK
+from kdkit.running import files
 from kdkit.targets import Targets
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from kdkit.config import UsageError
-from kdkit.documents import Document
+from kdkit.data.sources import Document
 from kdkit.losses import IGNORE_INDEX
 
 BATCH = 100  # documents tokenised at a time

@@ -9,44 +9,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from kdkit.config import DistillConfig, UsageError
-
-ASSETS = Path(__file__).parent / "assets"
+from kdkit.config import UsageError
 
 ENVIRONMENT = "set HF_HOME (or HF_DATASETS_CACHE) to a folder on a larger disk"
 
 
-def resolve(name: str, role: str) -> str:
-    """The folder of "embedded", and any other name as it is.
-
-    Raises:
-        UsageError: a name that can only be a folder, and is not one with a model in it.
-    """
-    if name == "embedded":
-        return str(ASSETS / f"embedded_{role}")
-    path = Path(name).expanduser()
-    looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UsageError(f"{role}_model {name} is a folder without a config.json: give a Hugging Face model folder")
-    if looks_like_path and not path.is_dir() and "/" in name:
-        raise UsageError(f"{role}_model {name} does not exist: give a model folder, a hub id, or embedded")
-    return str(path) if path.is_dir() else name
-
-
-def load_pretrained(auto_class, name: str, role: str, config: DistillConfig | None = None, **options):
-    """from_pretrained, with what transformers raises for a wrong name turned into one line."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of reading a file; downloads keep theirs
-    path = resolve(name, role)
-    options["trust_remote_code"] = config is not None and config.trust_remote_code
-    if config is not None and name != "embedded":
-        options["revision"] = getattr(config, f"{role}_revision") or "main"
-    try:
-        return auto_class.from_pretrained(path, **options)
-    except loading_errors() as error:
-        remedy = "give a Hugging Face model folder with safetensors files, or a hub id"
-        raise explain(f"{role}_model", name, error, remedy) from error
+def split_revision(name: str) -> tuple[str, str]:
+    """A hub id and its revision, from "id" or "id@revision"; a local path is left as it is."""
+    if Path(name).expanduser().exists():
+        return name, "main"
+    name, _, revision = name.partition("@")
+    return name, revision or "main"
 
 
 def loading_errors() -> tuple[type[Exception], ...]:

@@ -2,8 +2,8 @@
 
     python -m kdkit.data [--config recipes/x.yaml] [--field value ...]    # shows a few rows, in the loss or out of it
 
-Shapes: B rows of a micro-batch, S tokens of a row. For what a row is, see `kdkit.tokens`; for what it is made of,
-`kdkit.documents`.
+Shapes: B rows of a micro-batch, S tokens of a row. For what a row is, see `kdkit.data.chat`; for what it is made of,
+`kdkit.data.sources`.
 """
 
 import hashlib
@@ -12,28 +12,22 @@ import json
 import math
 import os
 import random
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
-from kdkit.config import DistillConfig, UsageError, load_config
-from kdkit.documents import Document, Source, documents_of, embedded_documents, open_source, split_documents
+from kdkit.config import DistillConfig, UsageError
+from kdkit.data.chat import check_chat_template, make_rows, up_to
+from kdkit.data.sources import Document, Source, documents_of, embedded_documents, open_source, split_documents
 from kdkit.losses import IGNORE_INDEX
-from kdkit.rows import MappedRows, Rows, cached_rows, collate, count_tokens, empty_row, pack, row_lengths
-from kdkit.tokens import check_chat_template, make_rows, tokenize_documents, up_to
-
-__all__ = [
-    "Document", "MappedRows", "Rows", "Steps", "collate", "count_tokens", "describe_rows", "embedded_documents",
-    "empty_row", "load_rows", "pack", "row_lengths", "row_tokens", "show_row", "split_documents", "tokenize_documents",
-]  # fmt: skip
+from kdkit.running.hub import explain
 
 # What the rows of a run depend on, but for the tokenizer.
 DATA_FIELDS = (
-    "dataset", "dataset_config", "dataset_split", "dataset_revision", "streaming", "text_column", "messages_column",
+    "dataset", "dataset_config", "dataset_split", "streaming", "text_column", "messages_column",
     "prompt_column", "completion_column", "chat_template", "eval_dataset", "eval_split", "eval_fraction",
     "max_train_tokens", "max_eval_tokens", "max_length", "truncation_mode", "packing",
 )  # fmt: skip
@@ -162,7 +156,6 @@ class Steps(Dataset):
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * num_ranks
         self.steps_per_epoch = math.ceil(len(rows) / self.rows_per_step)
         self.num_steps = config.max_steps or math.ceil(config.num_epochs * self.steps_per_epoch)
-        self.lengths = row_lengths(rows) if config.group_by_length else None
         self._order: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:
@@ -173,25 +166,13 @@ class Steps(Dataset):
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             order = list(range(len(self.rows)))
-            shuffle = random.Random(f"{self.seed}/{epoch}").shuffle
-            shuffle(order)
-            self._order = (epoch, self._group(order, shuffle) if self.lengths else order)
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            self._order = (epoch, order)
         return self._order[1][position * self.rows_per_step : (position + 1) * self.rows_per_step]
-
-    def _group(self, order: list[int], shuffle) -> list[int]:
-        """Sort by length within some fifty steps, so that each has rows of one length, and shuffle those steps."""
-        grouped = []
-        for start in range(0, len(order), 50 * self.rows_per_step):
-            part = sorted(order[start : start + 50 * self.rows_per_step], key=lambda row: -self.lengths[row])
-            steps = [part[i : i + self.rows_per_step] for i in range(0, len(part), self.rows_per_step)]
-            rest = [steps.pop()] if len(steps[-1]) < self.rows_per_step else []  # at the end of the epoch
-            shuffle(steps)
-            grouped += [row for step in steps + rest for row in step]
-        return grouped
 
     def useful_share(self) -> float:
         """Tokens in the loss by positions that are computed, padding included, in an epoch on all ranks."""
-        lengths, positions = self.lengths or row_lengths(self.rows), 0
+        lengths, positions = row_lengths(self.rows), 0
         for step in range(self.steps_per_epoch):
             step_rows = self.step_rows(step)
             for rank in range(self.num_ranks):
@@ -215,57 +196,123 @@ class Steps(Dataset):
         return micro_batches
 
 
-# --- a look --------------------------------------------------------------------------------------------------
+# --- rows ---
 
 
-def row_tokens(row: dict) -> Iterator[tuple[int, bool, bool]]:
-    """The tokens of a row, labels included: (id, whether it is in the loss, whether a document starts with it).
+class Rows(list):
+    """Rows in memory, and what was counted when they were made."""
 
-    A token is in the loss as the label of the one before it, so the first of a document never is.
+    def __init__(self, rows: Iterable[dict], counts: Counter):
+        super().__init__(rows)
+        self.counts = counts
+
+
+class MappedRows(Sequence):
+    """Rows in an Arrow file, read when asked for, and what was counted when they were made."""
+
+    def __init__(self, file: Path):
+        import datasets
+
+        self.origin = ""  # the columns they were made of
+        self.dataset = datasets.Dataset.from_file(str(file))
+        self.counts = Counter(json.loads(file.with_suffix(".json").read_text()))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int | slice) -> dict | list[dict]:
+        if isinstance(index, slice):
+            return [self.dataset[i] for i in range(*index.indices(len(self)))]
+        return self.dataset[index]
+
+
+def cached_rows(file: Path, make: Callable[[], Iterable[dict]], counts: Counter, name: str) -> MappedRows:
+    """The rows in an Arrow file, which the first process to come makes, while the others wait for it.
+
+    The file is complete or it is not there.
+
+    Args:
+        file: where they are kept.
+        make: called for the rows when the file is not there.
+        counts: what `make` counts; kept in a JSON file beside.
+        name: of the data, for messages.
+
+    Raises:
+        UsageError: no room on the disk, or a folder that cannot be written.
     """
-    for index, position in enumerate(row["position_ids"]):
-        if position == 0:
-            yield row["input_ids"][index], False, True
-        if row["labels"][index] != IGNORE_INDEX:
-            yield row["labels"][index], True, False
-        elif row["position_ids"][index + 1 : index + 2] not in ([], [0]):
-            yield row["input_ids"][index + 1], False, False
+    import pyarrow as pa
+    from filelock import FileLock
 
-
-def show_row(row: dict, tokenizer, colour: bool = True) -> str:
-    """A row as text, with what is in the loss told from what is not: green and grey, or [between brackets]."""
-    shown = []
-    for learned, group in itertools.groupby(row_tokens(row), key=lambda token: token[1]):
-        for number, (token, _, starts) in enumerate(group):
-            edge = "[" if learned and number == 0 and not colour else ""
-            text = tokenizer.decode([token])
-            shown.append(("\n---\n" if starts and shown else "") + edge)
-            shown.append(f"\033[{32 if learned else 90}m{text}\033[0m" if colour else text)
-        shown.append("]" if learned and not colour else "")
-    return "".join(shown)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """`python -m kdkit.data [--config recipe.yaml] [--field value ...]`: what a run would read, and its first rows."""
-    from kdkit.models import load_tokenizer
-
+    schema = pa.schema([(key, pa.list_(pa.int32())) for key in ("input_ids", "labels", "position_ids")])
+    aside = file.with_suffix(".writing")
     try:
-        config = load_config(argv)
-        tokenizer = load_tokenizer(config)
-        train_rows, eval_rows = load_rows(config, tokenizer)
-    except UsageError as error:
-        sys.exit(f"kdkit: {error}")
-    steps = Steps(train_rows, config, tokenizer.pad_token_id)
-    print(
-        f"{config.dataset}: {len(train_rows):,} rows, {count_tokens(train_rows):,} tokens in the loss "
-        f"({steps.useful_share():.0%} of the positions); held out {count_tokens(eval_rows):,}",
-        *describe_rows(train_rows, config),
-        sep="\n",
-    )
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for index in range(min(3, len(train_rows))):
-        print(f"\n=== row {index} ===\n{show_row(train_rows[index], tokenizer, colour)}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
+            if not file.exists():
+                with open(aside, "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+                    rows = iter(make())
+                    while batch := list(itertools.islice(rows, 1000)):
+                        stream.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+                file.with_suffix(".json").write_text(json.dumps(counts))
+                os.replace(aside, file)
+    except OSError as error:
+        raise explain("the cache of", name, error, f"{file.parent} has to be writable") from error
+    return MappedRows(file)
 
 
-if __name__ == "__main__":
-    main()
+def count_tokens(rows: Sequence[dict]) -> int:
+    """Tokens in the loss."""
+    if isinstance(rows, MappedRows):
+        return rows.counts["tokens"]
+    return sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
+
+
+def row_lengths(rows: Sequence[dict]) -> list[int]:
+    """Tokens of each row."""
+    if isinstance(rows, MappedRows):
+        import pyarrow.compute as pc
+
+        return pc.list_value_length(rows.dataset.data.column("input_ids")).to_pylist()
+    return [len(row["input_ids"]) for row in rows]
+
+
+def empty_row(pad_token_id: int) -> dict:
+    """A row without a label, for a rank that has none left but has to take part in what the ranks do together."""
+    return {"input_ids": [pad_token_id], "labels": [IGNORE_INDEX], "position_ids": [0]}
+
+
+def pack(rows: list[dict], max_length: int) -> list[dict]:
+    """Join rows into fuller ones, best fit first: each goes where it leaves the least room (decreasing length).
+
+    Documents stay apart: positions start at 0 in each, from which transformers' attention (eager and sdpa) builds
+    a mask that lets none see another, and no label crosses a boundary, since the shift came before.
+    """
+    bins: list[list[dict]] = []
+    open_bins: dict[int, list[int]] = {}  # room left -> bins with just that room
+    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
+        length = len(row["input_ids"])
+        room = next((r for r in range(length, max_length) if open_bins.get(r)), max_length)
+        if room == max_length:
+            bins.append([])
+            index = len(bins) - 1
+        else:
+            index = open_bins[room].pop()
+        bins[index].append(row)
+        open_bins.setdefault(room - length, []).append(index)
+    return [{key: [x for row in group for x in row[key]] for key in group[0]} for group in bins]
+
+
+def collate(rows: list[dict], pad_token_id: int, length: int | None = None) -> dict[str, torch.Tensor]:
+    """Pad rows on the right to the longest (or to `length`) and stack them: three tensors of (B, S), int64.
+
+    Padding is a document of its own (positions from 0 again) with no label; it is told by its labels, never by its
+    token id, which may well be that of the end of text.
+    """
+    length = length or max(len(row["input_ids"]) for row in rows)
+    batch = {"input_ids": [], "labels": [], "position_ids": []}
+    for row in rows:
+        padding = length - len(row["input_ids"])
+        batch["input_ids"].append(row["input_ids"] + [pad_token_id] * padding)
+        batch["labels"].append(row["labels"] + [IGNORE_INDEX] * padding)
+        batch["position_ids"].append(row["position_ids"] + list(range(padding)))
+    return {key: torch.tensor(value) for key, value in batch.items()}
