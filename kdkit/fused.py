@@ -1,81 +1,55 @@
-"""The loss of `kdkit.losses` from hidden states and heads, without ever holding the logits.
+"""The loss of `kdkit.losses` computed from hidden states and heads, without ever holding all logits.
 
-Shapes: H hidden size, V vocabulary, N tokens in the loss, C tokens of a chunk, R tokens of a block. T is the
-temperature; z are the student's logits, hidden @ head.T; p and q the teacher's and the student's softmax at T.
+Shapes: H hidden size, V vocabulary, N valid tokens, C tokens of a chunk, R tokens of a block, K top-k.
 
-Logits are the largest thing in distillation: those of 4,096 tokens over 151,936 entries, in fp32 and for two models,
-are 5 GB, and a plain loss holds several tensors of that size. Here they exist for C tokens at a time:
+Logits are the largest tensors of distillation: for 4,096 tokens, 151,936 entries, fp32 and two models they take 5 GB,
+and a plain loss holds several tensors of that size. Here they exist for C tokens at a time:
 
-1. tokens whose label is -100 are left out first, so a masked token costs nothing;
-2. one matrix product a model fills a buffer, used again and again, with the chunk's logits;
-3. in blocks of R tokens that stay in the cache, cross-entropy, divergence and d loss / d z are computed in place;
-   the gradient is known in closed form (see `kdkit.losses`), so nothing is kept for a backward pass;
-4. two products turn d loss / d z into the gradients of the hidden states and of the head.
+1. tokens with label -100 are left out first, so that they cost nothing;
+2. one matrix product per model writes the chunk's logits into a buffer that all chunks share;
+3. `loss_sums` of `kdkit.losses` and its gradient with respect to the student's logits, by autograd, take the place of
+   the logits; they are computed in blocks of R tokens, whose temporary tensors stay in the CPU's cache;
+4. two matrix products turn that gradient into the gradients of the hidden states and of the head.
 
-So the forward does all the work, and the backward only scales. Checkpointing, the other way to save the memory,
-would compute both models' logits twice.
+The forward pass therefore does all the work, and the backward pass only scales. (Activation checkpointing also saves
+the memory, but computes all logits twice.)
 
-Precision: the gradient of forward KL, q - p, is a small difference of nearly equal numbers. Logits are therefore
-fp32 even where hidden states and heads are bf16; rounded to bf16 they cost some 10% of the gradient at a KL of 0.04.
+Precision: the gradient of the forward KL, q - p, is a small difference of nearly equal numbers. Logits are therefore
+fp32 even if hidden states and heads are bf16: logits rounded to bf16 cost about 10 % of the gradient at a KL of 0.04.
 """
 
+import functools
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdkit.losses import DIVERGENCES, IGNORE_INDEX, LOG_NOTHING, KDLoss, TopK, check_loss_arguments
+from kdkit.losses import DIVERGENCES, IGNORE_INDEX, KDLoss, TopK, as_num_items, check_loss_arguments, loss_sums
 
-CHUNK_TOKENS = {"cpu": 144, "gpu": 1024}  # C, at the least: each chunk reads both heads, and fills two (C, V) buffers
-CHUNK_ELEMENTS = 2**22  # C * V, at the least: where the vocabulary is small, C is larger
-BLOCK_ELEMENTS = {"cpu": 2**17, "gpu": 2**23}  # R * V: five fp32 tensors of this size should stay in the L2 cache
-HEAD_ROWS = 512  # rows of a head that are converted at a time
-
-
-class Head(NamedTuple):
-    """A head that is more than a matrix: softcap * tanh(y / softcap), with y = scale * (hidden @ weight.T + bias).
-
-    Gemma 2 caps its logits, Cohere and Granite scale them. Where nothing of this is there, give the weight alone.
-    """
-
-    weight: Tensor  # (V, H)
-    bias: Tensor | None = None  # (V,)
-    scale: float = 1.0
-    softcap: float | None = None
+CHUNK_TOKENS = {"cpu": 144, "gpu": 1024}  # C, at least: every chunk reads both heads and fills two (C, V) buffers
+CHUNK_ELEMENTS = 2**22  # C * V, at least: with a small vocabulary, C is larger
+BLOCK_ELEMENTS = {"cpu": 2**18, "gpu": 2**30}  # R * V, at most: a GPU takes a chunk as one block
+COMPILE_LOGITS = {"cpu": 2**34, "gpu": 2**38}  # a run of fewer logits does not earn back the time of compiling
+HEAD_ROWS = 512  # rows of a head that the CPU converts to fp32 at a time
 
 
 class _Model(NamedTuple):
-    """One model's side of the loss."""
-
     hidden: Tensor  # (tokens, H)
-    head: Head  # cut to the vocabulary that both share
-    dtype: torch.dtype  # in which it multiplies
-
-
-class _Task(NamedTuple):
-    """All that the loss depends on, checked."""
-
-    student: _Model
-    teacher: _Model | TopK | None  # None at alpha = 1
-    rows: Tensor  # (N,), the tokens that are in the loss
-    labels: Tensor  # (N,)
-    num_items: Tensor  # (), at least 1
-    alpha: float
-    temperature: float
-    divergence: Callable
-    chunk_size: int
-    precise: bool
+    head: Tensor  # (V, H), cut to the vocabulary that both models share
+    dtype: torch.dtype  # of the operands of the matrix products
 
 
 def fused_kd_loss(
     student_hidden: Tensor,
-    student_head: Tensor | Head,
+    student_head: Tensor,
     teacher_hidden: Tensor | TopK | None,
-    teacher_head: Tensor | Head | None,
+    teacher_head: Tensor | None,
     labels: Tensor,
     *,
     alpha: float,
@@ -84,86 +58,79 @@ def fused_kd_loss(
     num_items_in_batch: int | Tensor | None = None,
     vocab_size: int | None = None,
     chunk_size: int | None = None,
-    precise: bool = True,
+    compile: bool = False,
     **divergence_options: float,
 ) -> KDLoss:
     """`kd_loss(student_hidden @ student_head.T, teacher_hidden @ teacher_head.T, labels, ...)`, a chunk at a time.
 
-    The products run in the hidden states' dtype, inside `torch.autocast` in autocast's; logits are fp32, or float64.
-    Gradients have the dtype of what they belong to, and the head's is summed over the chunks in it: in fp32 for the
-    master weights of mixed precision. Only what requires a gradient gets one, and the teacher never does.
+    The matrix products run in the dtype of the hidden states, or in autocast's dtype inside `torch.autocast`; the
+    logits are fp32 (or float64). Each gradient has the dtype of its tensor; that of the head is summed over the chunks
+    in this dtype. The teacher never gets a gradient.
 
     Args:
-        student_hidden: (..., H), what the model applies its head to.
-        student_head: (V, H), or a `Head` if it has a bias, a scale or a soft cap.
-        teacher_hidden, teacher_head: the teacher's, of any H; at alpha = 1 they may be None, and no value is read.
-            Or its `TopK`, and None: then only the student's logits are computed.
-        labels: (...), already shifted; -100 is not in the loss.
+        student_hidden: (..., H), the input of the student's head.
+        student_head: (V, H).
+        teacher_hidden, teacher_head: those of the teacher, with any H. At alpha = 1 they may be None, and their values
+            are not read. Or `TopK` and None: then only the student's logits are computed.
+        labels: (...), already shifted; tokens with label -100 are not in the loss.
         alpha, temperature, divergence, num_items_in_batch, divergence_options: as in `kdkit.losses.kd_loss`.
-        vocab_size: entries to keep of both vocabularies; None keeps those of the narrower head.
-        chunk_size: tokens whose logits exist at one time; None is `CHUNK_TOKENS`, or more for a small vocabulary.
-        precise: False lets logits be rounded to the dtype of the products: faster on a CPU, no faster on a GPU.
+        vocab_size: the entries of both vocabularies to use; None uses those of the narrower head.
+        chunk_size: the number of tokens whose logits exist at one time; None is `CHUNK_TOKENS`, or more for a small
+            vocabulary.
+        compile: compute step 3 with `torch.compile`; the first call takes some 15 seconds more.
 
     Returns:
         KDLoss. Its loss can be differentiated once.
 
     Raises:
-        ValueError: an argument out of range, or shapes that do not fit.
+        ValueError: an argument out of range, or shapes that do not match.
     """
     check_loss_arguments(alpha, temperature, divergence)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1 token, or None for the default")
-    student_head, teacher_head = (Head(x) if isinstance(x, Tensor) else x for x in (student_head, teacher_head))
-    widths = [len(head.weight) for head in (student_head, teacher_head) if head is not None]
+    widths = [len(head) for head in (student_head, teacher_head) if head is not None]
     vocab_size = min(*widths, vocab_size or widths[0])
-    student = _model("student", student_hidden, student_head, labels, vocab_size, precise)
+    valid = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (N,); the only wait for the GPU
+    student = _model("student", student_hidden, student_head, labels, vocab_size)
     teacher = None
-    if alpha < 1:
-        if isinstance(teacher_hidden, TopK):
-            teacher = _top_k(teacher_hidden, labels)
-        elif teacher_hidden is None or teacher_head is None:
+    if alpha < 1 and isinstance(teacher_hidden, TopK):
+        teacher = _check_top_k(teacher_hidden, labels)
+    elif alpha < 1:
+        if teacher_hidden is None or teacher_head is None:
             raise ValueError(f"teacher_hidden or teacher_head is None, which only alpha = 1 allows; alpha is {alpha}")
-        else:
-            teacher = _model("teacher", teacher_hidden, teacher_head, labels, vocab_size, precise)
-        DIVERGENCES[divergence](torch.zeros(1), torch.zeros(1), **divergence_options)  # refuses what it does not know
-
-    rows = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (N,); the one wait for the GPU
-    num_items = torch.as_tensor(len(rows) if num_items_in_batch is None else num_items_in_batch, device=labels.device)
-    task = _Task(
-        student,
-        teacher,
-        rows,
-        labels.flatten()[rows],
-        num_items.clamp(min=1),
-        alpha,
-        temperature,
-        partial(_GRADIENTS[divergence], **divergence_options),
-        max(1, min(chunk_size or max(_by_device(CHUNK_TOKENS, rows), CHUNK_ELEMENTS // vocab_size), len(rows))),
-        precise,
-    )
-    inputs = student_hidden, student_head.weight, student_head.bias
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return KDLoss(*_FusedKDLoss.apply(*inputs, task), num_items)
-    return KDLoss(*_loss_and_gradients(task, None, None, None)[:3], num_items)
+        teacher = _model("teacher", teacher_hidden, teacher_head, labels, vocab_size)
+    device = labels.device.type
+    chunk_size = chunk_size or max(CHUNK_TOKENS["cpu" if device == "cpu" else "gpu"], CHUNK_ELEMENTS // vocab_size)
+    block = functools.partial(
+        _compiled_block(device) if compile else block_sums_and_gradient,
+        alpha=alpha, temperature=temperature, divergence=DIVERGENCES[divergence], options=divergence_options,
+    )  # fmt: skip
+    labels = labels.flatten()[valid]  # (N,)
+    num_items = as_num_items(num_items_in_batch, labels)
+    inputs = (student_hidden, student_head)
+    if not torch.is_grad_enabled():
+        inputs = (student_hidden.detach(), student_head.detach())  # no gradient is then computed for them
+    losses = _ChunkedLoss.apply(*inputs, student, teacher, valid, labels, num_items, block, min(chunk_size, len(valid)))
+    return KDLoss(*losses, num_items)
 
 
-def _model(name: str, hidden: Tensor, head: Head, labels: Tensor, vocab_size: int, precise: bool) -> _Model:
-    weight = head.weight[:vocab_size].detach()
+def _model(name: str, hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int) -> _Model:
+    """One model's operands, checked, with the head in the dtype of the product if that is cheap."""
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(f"labels are {tuple(labels.shape)}, {name}_hidden {tuple(hidden.shape)}: one label per token")
-    if hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{name}_hidden has H = {hidden.shape[-1]}, {name}_head {weight.shape[1]}: expected the same")
+    if hidden.shape[-1] != head.shape[1]:
+        raise ValueError(f"{name}_hidden has H = {hidden.shape[-1]}, {name}_head {head.shape[1]}: expected the same")
     device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    if device != "cpu" or not precise:
-        weight = weight.to(dtype)  # for precise logits, a CPU converts a few rows at a time
-    bias = None if head.bias is None else head.bias[:vocab_size].detach()
-    return _Model(hidden.detach().reshape(labels.numel(), -1), head._replace(weight=weight, bias=bias), dtype)
+    head = head[:vocab_size].detach()
+    if device != "cpu":
+        head = head.to(dtype)  # a CPU converts a few rows at a time, see `_logits`
+    return _Model(hidden.detach().reshape(labels.numel(), -1), head, dtype)
 
 
-def _top_k(teacher: TopK, labels: Tensor) -> TopK:
-    """One row a token."""
+def _check_top_k(teacher: TopK, labels: Tensor) -> TopK:
+    """`teacher` with one row per token."""
     ids, log_probs = teacher
     if ids.shape[:-1] != labels.shape or log_probs.shape != (*labels.shape, ids.shape[-1] + 1):
         raise ValueError(
@@ -173,118 +140,158 @@ def _top_k(teacher: TopK, labels: Tensor) -> TopK:
     return TopK(ids.reshape(labels.numel(), -1), log_probs.reshape(labels.numel(), -1))
 
 
-def _by_device(sizes: dict[str, int], tensor: Tensor) -> int:
-    return sizes["cpu" if tensor.device.type == "cpu" else "gpu"]
-
-
-class _FusedKDLoss(torch.autograd.Function):
-    """Gives the graph the gradients that the forward has already computed."""
+class _ChunkedLoss(torch.autograd.Function):
+    """The loss, CE and T^2 * D, divided by num_items. The gradients are computed in the forward pass and kept."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: _Task) -> tuple[Tensor, ...]:
-        inputs = zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+    def forward(ctx, hidden, head, *arguments) -> tuple[Tensor, ...]:
+        inputs = zip((hidden, head), ctx.needs_input_grad[:2], strict=True)
         gradients = [x.new_zeros(x.shape) if needed else None for x, needed in inputs]
-        *losses, factor = _loss_and_gradients(task, *gradients)
-        ctx.save_for_backward(*gradients, factor)
+        with torch.autocast(hidden.device.type, enabled=False):
+            losses = _loss_and_gradients(*gradients, *arguments)
+        ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(*losses[1:])
-        return tuple(losses)
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        *gradients, factor = ctx.saved_tensors
-        # In place, or the head's gradient would be held twice; but not where the graph is kept for another backward.
+        # In place, or the head's gradient would exist twice; but not if the graph is kept for another backward pass.
         multiply = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
-        return *(None if x is None else multiply(x, factor * grad_loss) for x in gradients), None
+        return *(None if x is None else multiply(x, grad_loss) for x in ctx.saved_tensors), *[None] * 7
 
 
 def _loss_and_gradients(
-    task: _Task, d_hidden: Tensor | None, d_weight: Tensor | None, d_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, its two parts, and a factor that the gradients, which are added to the zeros given, still lack."""
-    student, device = task.student, task.rows.device
-    models = [x for x in (task.student, task.teacher) if isinstance(x, _Model)]
+    d_hidden: Tensor | None,
+    d_head: Tensor | None,
+    student: _Model,
+    teacher: _Model | TopK | None,
+    valid: Tensor,
+    labels: Tensor,
+    num_items: Tensor,
+    block: Callable[..., tuple[Tensor, Tensor]],
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    """The three values of `_ChunkedLoss`. The gradients of the first are written to d_hidden and d_head, all zeros."""
+    device, vocab_size = valid.device, len(student.head)
+    on_cpu = device.type == "cpu"
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    empty = partial(torch.empty, dtype=dtype, device=device)
-    vocab_size = len(student.head.weight)
-    buffers = [empty(task.chunk_size, vocab_size) for _ in models]  # (C, V) each
-    scratch = empty(3, max(1, min(_by_device(BLOCK_ELEMENTS, task.rows) // vocab_size, task.chunk_size)), vocab_size)
-    sums = torch.zeros(2, dtype=dtype, device=device)  # of cross-entropy and divergence
-    # Master weights of fp32 and hidden states of bf16: a CPU need not convert either, see `_operands_as`.
-    grad_dtype = dtype if device.type == "cpu" and student.head.weight.dtype == dtype else student.dtype
-    weight = student.head.weight.to(grad_dtype)
-    # 1 / n = 2^-exponent / mantissa. The power of two, exact in every dtype, is the backward's: with all of 1 / n here
-    # a gradient of fp16 would underflow.
-    mantissa, exponent = torch.frexp(task.num_items.to(dtype))
-    weights = None  # of the cross-entropy's and of the divergence's T * d / d z, where these are wanted
-    if not (d_hidden is d_weight is d_bias is None):
-        weights = task.alpha / mantissa, (1 - task.alpha) * task.temperature / mantissa  # T^2 / T
+    # A CPU converts neither fp32 master weights nor the fp32 gradient: it multiplies them as if they were bf16.
+    grad_dtype = dtype if on_cpu and student.head.dtype == dtype else student.dtype
+    head = student.head.to(grad_dtype)
+    block_size = max(4, BLOCK_ELEMENTS["cpu" if on_cpu else "gpu"] // vocab_size)
+    buffers = [torch.empty(chunk_size, vocab_size, dtype=dtype, device=device) for _ in (student, teacher)]  # (C, V)
+    sums, scale = torch.zeros(3, dtype=dtype, device=device), 1 / num_items.clamp(min=1).to(dtype)
 
-    with torch.autocast(device.type, enabled=False):
-        for first in range(0, len(task.rows), task.chunk_size):
-            chunk = slice(first, min(first + task.chunk_size, len(task.rows)))
-            rows, labels = task.rows[chunk], task.labels[chunk, None]  # (C,), (C, 1)
-            pairs = zip(models, buffers, strict=True)
-            logits = [_logits_(model, rows, task.precise, buffer[: len(rows)]) for model, buffer in pairs]
-            # d loss / d z takes the place of z. Where its dtype is smaller, a row of it ends before that row of z.
-            grad = buffers[0].view(grad_dtype).view(-1, vocab_size)[: len(rows)]  # (C, V)
-            stored = ()
-            if isinstance(task.teacher, TopK):
-                stored = task.teacher.ids[rows].long(), task.teacher.log_probs[rows].to(dtype)  # (C, K), (C, K + 1)
-            blocks = (x.split(scratch.shape[1]) for x in (labels, grad, *logits, *stored))
-            nats = [_block_(task, weights, scratch, *block) for block in zip(*blocks, strict=True)]
-            sums += torch.stack([torch.cat(x).sum() for x in zip(*nats, strict=True)])
-            with _operands_as(student.dtype):
-                if d_hidden is not None:
-                    d_hidden.view(-1, d_hidden.shape[-1])[rows] = torch.mm(grad, weight).to(d_hidden.dtype)
-                if d_weight is not None:
-                    _add_product_(d_weight[:vocab_size], grad.T, student.hidden[rows].to(grad_dtype))
-            if d_bias is not None:
-                d_bias[:vocab_size] += grad.sum(0, dtype=d_bias.dtype)
-    ce_loss, kl_loss = sums / task.num_items
-    kl_loss = task.temperature**2 * kl_loss
-    loss = task.alpha * ce_loss + (1 - task.alpha) * kl_loss
-    return loss, ce_loss, kl_loss, torch.ldexp(torch.ones_like(mantissa), -exponent)
+    for first in range(0, len(valid), max(chunk_size, 1)):
+        tokens = valid[first : first + chunk_size]  # (C,), indices into the hidden states
+        z = _logits(student, tokens, buffers[0])  # (C, V)
+        if isinstance(teacher, _Model):
+            targets = [_logits(teacher, tokens, buffers[1])]  # (C, V)
+        else:
+            targets = [] if teacher is None else [teacher.ids[tokens], teacher.log_probs[tokens]]
+        # The gradient overwrites the logits. If its dtype is smaller, a row of it ends before that row of the logits.
+        grad = z if grad_dtype == dtype else buffers[0].view(grad_dtype).view(-1, vocab_size)[: len(tokens)]  # (C, V)
+        num_blocks = -(-len(tokens) // block_size)
+        pieces = [x.tensor_split(num_blocks) for x in (grad, z, labels[first : first + chunk_size], *targets)]
+        for d_z, *arguments in zip(*pieces, strict=True):
+            block_sums, gradient = block(*arguments)
+            sums += block_sums
+            torch.mul(gradient, scale, out=d_z)  # rounded once, to the dtype of the products
+        with _operands_as(student.dtype):
+            if d_hidden is not None:
+                d_hidden.view(-1, d_hidden.shape[-1])[tokens] = torch.mm(grad, head).to(d_hidden.dtype)
+            if d_head is not None:
+                _add_product(d_head[:vocab_size], grad.T, student.hidden[tokens].to(grad_dtype))
+    return tuple((sums * scale).unbind())
 
 
-def precise_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden (N, H) @ weight (V, H).T in fp32 (float64 stays), as exact as that, from operands of bf16 too: (N, V)."""
+def block_sums_and_gradient(
+    z: Tensor, labels: Tensor, *teacher: Tensor, alpha: float, temperature: float, divergence: Callable, options: dict
+) -> tuple[Tensor, Tensor]:
+    """The sums (3,) of loss, CE and T^2 * D over a block, and the gradient (R, V) of the first with respect to z.
+
+    Args:
+        z: the student's logits, (R, V).
+        labels: (R,).
+        teacher: its logits (R, V); or the ids (R, K) and log-probabilities (R, K + 1) of `TopK`; nothing at alpha = 1.
+        alpha, temperature, divergence, options: as in `kdkit.losses.loss_sums`.
+    """
+    targets = TopK(*teacher) if len(teacher) == 2 else next(iter(teacher), None)
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        ce_sum, kl_sum = loss_sums(z, targets, labels, alpha, temperature, divergence, **options)
+        loss_sum = alpha * ce_sum + (1 - alpha) * kl_sum
+        (gradient,) = torch.autograd.grad(loss_sum, z)
+    return torch.stack([loss_sum, ce_sum, kl_sum]).detach(), gradient
+
+
+@functools.cache
+def _compiled_block(device_type: str) -> Callable:
+    # On a GPU, which is bound by memory, the logits are read twice and the gradient is written once: 18 bytes an entry.
+    # By default, the compiler would store the intermediate results of some divergences. On a CPU, that is faster.
+    options = None if device_type == "cpu" else {"realize_reads_threshold": 32}
+    torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see through torch.autograd.grad
+    return torch.compile(block_sums_and_gradient, dynamic=True, options=options)
+
+
+def should_compile(wanted: bool | None, num_logits: int, device: torch.device) -> tuple[bool, str]:
+    """Whether to compile the loss of a run, and a line that explains it.
+
+    Args:
+        wanted: the field `compile_loss`: None decides by the size of the run.
+        num_logits: of the whole run: tokens x vocabulary.
+        device: where the loss is computed.
+    """
+    on_cpu = device.type == "cpu"
+    if on_cpu:
+        problem = "" if shutil.which(os.environ.get("CXX", "g++")) else "no C++ compiler was found"
+    else:
+        problem = "" if importlib.util.find_spec("triton") else "Triton is not installed"
+    if wanted is False or problem:
+        return False, f"not compiled ({problem or 'compile_loss is false'})"
+    if wanted is None and num_logits < COMPILE_LOGITS["cpu" if on_cpu else "gpu"]:
+        return False, "not compiled (the run is too short for it to pay)"
+    return True, "compiled at the first step"
+
+
+def precise_logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden (N, H) @ head (V, H).T in fp32 (or float64), exact to that dtype also for bf16 operands: (N, V)."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    out = torch.empty(len(hidden), len(weight), dtype=dtype, device=hidden.device)
-    return _logits_(_Model(hidden, Head(weight), hidden.dtype), slice(None), True, out)
+    out = torch.empty(len(hidden), len(head), dtype=dtype, device=hidden.device)
+    return _logits(_Model(hidden, head, hidden.dtype), slice(None), out)
 
 
-def _logits_(model: _Model, rows: Tensor | slice, precise: bool, out: Tensor) -> Tensor:
-    """out = hidden[rows] @ weight.T, as exact as out's dtype from operands of the model's dtype."""
-    hidden, weight = model.hidden[rows].to(model.dtype), model.head.weight  # (C, H), (V, H)
-    if weight.dtype == hidden.dtype == out.dtype:
-        return torch.mm(hidden, weight.T, out=out)  # (C, V)
-    if not precise:
-        return out.copy_(torch.mm(hidden, weight.T))
+def _logits(model: _Model, tokens: Tensor | slice, buffer: Tensor) -> Tensor:
+    """hidden[tokens] @ head.T in the first rows of the buffer, exact to its dtype: (C, V)."""
+    hidden, head = model.hidden[tokens].to(model.dtype), model.head  # (C, H), (V, H)
+    out = buffer[: len(hidden)]
+    if head.dtype == hidden.dtype == out.dtype:
+        return torch.mm(hidden, head.T, out=out)
     if out.device.type == "cuda":
-        return torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+        return torch.mm(hidden, head.T, out_dtype=out.dtype, out=out)
     hidden = hidden.to(out.dtype)
     with _operands_as(model.dtype):
-        for i in range(0, len(weight), HEAD_ROWS):
-            torch.mm(hidden, weight[i : i + HEAD_ROWS].to(out.dtype).T, out=out[:, i : i + HEAD_ROWS])
+        for i in range(0, len(head), HEAD_ROWS):
+            torch.mm(hidden, head[i : i + HEAD_ROWS].to(out.dtype).T, out=out[:, i : i + HEAD_ROWS])
     return out
 
 
-def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where a is a transposed matrix and may be of a lower dtype."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where a is a transposed matrix and may have a smaller dtype."""
     on_cpu = a.device.type == "cpu"
     if total.dtype == torch.float32 != a.dtype and not on_cpu:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     elif total.dtype == a.dtype and not (on_cpu and a.dtype == torch.bfloat16):
         total.addmm_(a, b)
-    else:
+    else:  # the product with a transposed bf16 matrix is slow on a CPU
         for part, rows in zip(total.split(4096), a.split(4096), strict=True):
-            part.addmm_(rows.to(part.dtype).contiguous(), b.to(part.dtype))  # transposed, bf16 is slow on a CPU
+            part.addmm_(rows.to(part.dtype).contiguous(), b.to(part.dtype))
 
 
 @contextmanager
 def _operands_as(dtype: torch.dtype) -> Iterator[None]:
-    """fp32 products on a CPU may round their operands to bf16: exact where these are bf16 already, and faster."""
+    """Let a CPU round the operands of fp32 products to bf16: exact if they are bf16 numbers already, and faster."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
     if dtype != torch.bfloat16 or matmul is None:
         yield
@@ -294,138 +301,3 @@ def _operands_as(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
-
-
-def _block_(
-    task: _Task,
-    weights: tuple[Tensor, Tensor] | None,
-    scratch: Tensor,
-    labels: Tensor,
-    grad: Tensor,
-    z: Tensor,
-    *teacher: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (R, 1) and divergence (R,) of labels (R, 1), logits z (R, V), and the teacher's logits (R, V), or
-    ids (R, K) and log-probabilities (R, K + 1), or nothing at alpha = 1; d loss / d z goes to grad (R, V).
-
-    The logits are overwritten. weights, None where no gradient is wanted, are those of the two gradients.
-    """
-    d_z, q, p = scratch[:, : len(labels)]  # (R, V) each
-    slope = _finish_(z, task.student.head)
-    largest = z.amax(-1, keepdim=True)  # (R, 1)
-    total = torch.sub(z, largest, out=d_z).exp_().sum(-1, keepdim=True)  # (R, 1): d_z / total is softmax(z)
-    ce, divergence = largest + total.log() - z.gather(-1, labels), torch.zeros_like(total[:, 0])
-    if weights:
-        d_z.mul_(weights[0] / total).scatter_add_(-1, labels, -weights[0].expand_as(labels))
-    if teacher:
-        if isinstance(task.teacher, TopK):
-            divergence, g = _from_top_k_(task, z, largest, *teacher, q)
-        else:
-            divergence, g = _from_logits_(task, z, largest, *teacher, q, p)
-        if weights:
-            d_z.addcmul_(g, weights[1])
-    if weights:
-        grad.copy_(d_z if slope is None else d_z.mul_(slope))
-    return ce, divergence
-
-
-def _from_logits_(task: _Task, z: Tensor, largest: Tensor, t: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """The divergence (R,) of logits z and t (R, V), and T * d divergence / d z (R, V), in one of the arguments."""
-    _finish_(t, task.teacher.head)
-    _softmax_(z, largest, task.temperature, q)  # z becomes log q
-    _softmax_(t, t.amax(-1, keepdim=True), task.temperature, p)  # t becomes log p
-    divergence, g = task.divergence(z, q, t, p)
-    return divergence, g.addcmul_(q, g.sum(-1, keepdim=True), value=-1)
-
-
-def _from_top_k_(
-    task: _Task, z: Tensor, largest: Tensor, ids: Tensor, log_p: Tensor, q: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same over the K + 1 buckets of log_p (R, K + 1). A tail token has its share, q_v / q_tail, of g_tail."""
-    torch.add(largest / -task.temperature, z, alpha=1 / task.temperature, out=q).exp_()  # (R, V), not normalised yet
-    top = q.gather(-1, ids)  # (R, K)
-    tail = q.scatter_(-1, ids, 0).sum(-1, keepdim=True)  # (R, 1), not 1 - sum(top), whose digits cancel
-    total = top.sum(-1, keepdim=True) + tail
-    log_q = (torch.cat([top, tail], -1) / total).log_().clamp_(min=LOG_NOTHING)  # (R, K + 1)
-    in_top, in_tail = log_q.exp(), log_p.log_softmax(-1)
-    divergence, g = task.divergence(log_q, in_top.clone(), in_tail, in_tail.exp())
-    sum_g = g.sum(-1, keepdim=True)
-    per_tail = torch.where(tail > 0, g[:, -1:] / in_top[:, -1:], 0) - sum_g
-    q.mul_(per_tail / total).scatter_(-1, ids, g[:, :-1] - in_top[:, :-1] * sum_g)
-    return divergence, q
-
-
-def _finish_(z: Tensor, head: Head) -> Tensor | None:
-    """Turns hidden @ weight.T into logits, in place; with the derivative of that, None if it is 1."""
-    if head.bias is not None:
-        z += head.bias
-    if head.scale != 1:
-        z *= head.scale
-    if head.softcap is None:
-        return None if head.scale == 1 else z.new_tensor(head.scale)
-    slope = head.scale * (1 - z.div_(head.softcap).tanh_() ** 2)
-    z *= head.softcap
-    return slope
-
-
-def _softmax_(x: Tensor, largest: Tensor, temperature: float, out: Tensor) -> None:
-    """out becomes softmax(x / T), and x its logarithm; largest is the maximum of x, (R, 1)."""
-    torch.add(largest / -temperature, x, alpha=1 / temperature, out=x)
-    total = torch.exp(x, out=out).sum(-1, keepdim=True)
-    x -= total.log()
-    out *= total.reciprocal_()
-
-
-# The divergences of `kdkit.losses`, from log q, q, log p, p of (R, V), which they overwrite: nats per token, (R,), and
-# g_v = q_v * d divergence / d q_v, (R, V), of which T * d divergence / d z is g - q * sum(g).
-
-
-def _forward_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    return log_p.sub_(log_q).mul_(p).sum(-1), p.neg_()
-
-
-def _reverse_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    g = log_q.sub_(log_p).mul_(q)
-    return g.sum(-1), g
-
-
-def _jsd(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, *, beta: float = 0.5) -> tuple[Tensor, Tensor]:
-    log_m = _log_mix(p, q, beta)
-    from_p = log_p.sub_(log_m).mul_(p).mul_(beta)
-    g = log_q.sub_(log_m).mul_(q).mul_(1 - beta)
-    return from_p.add_(g).sum(-1), g
-
-
-def _skew_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, *, skew: float = 0.1) -> tuple[Tensor, Tensor]:
-    if skew == 0:
-        return _forward_kl(log_q, q, log_p, p)
-    log_m = _log_mix(p, q, skew)
-    g = log_q.sub_(log_m).exp_().mul_(p).mul_(skew - 1)
-    return log_p.sub_(log_m).mul_(p).sum(-1), g
-
-
-def _skew_reverse_kl(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor, *, skew: float = 0.1) -> tuple[Tensor, Tensor]:
-    if skew == 0:
-        return _reverse_kl(log_q, q, log_p, p)
-    log_ratio = log_q.sub_(_log_mix(q, p, skew))  # log(q / m)
-    return (q * log_ratio).sum(-1), log_ratio.sub_(log_ratio.exp().mul_(skew)).mul_(q)
-
-
-def _total_variation(log_q: Tensor, q: Tensor, log_p: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    half = torch.sub(q, p, out=log_p).mul_(0.5)
-    return half.abs().sum(-1), half.sign_().mul_(q).mul_(0.5)
-
-
-def _log_mix(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """log(weight a + (1 - weight) b), finite where both have underflowed: their terms are 0."""
-    return torch.lerp(b, a, weight).clamp_(min=torch.finfo(a.dtype).tiny).log_()
-
-
-_GRADIENTS = {
-    "forward_kl": _forward_kl,
-    "reverse_kl": _reverse_kl,
-    "jsd": _jsd,
-    "skew_kl": _skew_kl,
-    "skew_reverse_kl": _skew_reverse_kl,
-    "total_variation": _total_variation,
-}

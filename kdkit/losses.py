@@ -16,6 +16,7 @@ this page.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -65,9 +66,12 @@ def in_buckets(log_probs: Tensor, ids: Tensor) -> Tensor:
     return torch.cat([top, tail.clamp(min=LOG_NOTHING)], -1)
 
 
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.log_softmax(logits / temperature, dim=-1)
+    return F.log_softmax(_at_least_fp32(logits) / temperature, dim=-1)
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -126,8 +130,9 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
             f"beta is {beta}, expected 0 < beta < 1: the JSD is 0 at both ends; use forward_kl or reverse_kl"
         )
     log_p, log_q = _log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature)
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return (beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)).sum(-1)
+    p, q = log_p.exp(), log_q.exp()
+    log_m = _log_mixture(p, q, beta)
+    return beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * (log_q - log_m)).sum(-1)
 
 
 def skew_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, skew: float = 0.1) -> Tensor:
@@ -148,7 +153,9 @@ def skew_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
     """
     _check_skew(skew)
     log_p, log_q = _log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature)
-    return (log_p.exp() * (log_p - _log_mix(log_p, log_q, skew))).sum(-1)
+    p = log_p.exp()
+    log_m = _log_mixture(p, log_q.exp(), skew) if skew > 0 else log_q
+    return (p * (log_p - log_m)).sum(-1)
 
 
 def skew_reverse_kl(
@@ -162,7 +169,9 @@ def skew_reverse_kl(
     """
     _check_skew(skew)
     log_p, log_q = _log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature)
-    return (log_q.exp() * (log_q - _log_mix(log_q, log_p, skew))).sum(-1)
+    q = log_q.exp()
+    log_m = _log_mixture(q, log_p.exp(), skew) if skew > 0 else log_p
+    return (q * (log_q - log_m)).sum(-1)
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -172,7 +181,7 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature:
     Wen et al. 2023 (arXiv:2307.15190), section 3. Args and Returns as in `forward_kl`.
     """
     log_p, log_q = _log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature)
-    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+    return F.relu(log_p.exp() - log_q.exp()).sum(-1)
 
 
 def _check_skew(skew: float) -> None:
@@ -180,9 +189,9 @@ def _check_skew(skew: float) -> None:
         raise ValueError(f"skew is {skew}, expected 0 <= skew < 1 (0.1 is usual)")
 
 
-def _log_mix(log_a: Tensor, log_b: Tensor, skew: float) -> Tensor:
-    """log(skew a + (1 - skew) b)."""
-    return log_b if skew == 0 else torch.logaddexp(log_a + math.log(skew), log_b + math.log1p(-skew))
+def _log_mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """log(weight * a + (1 - weight) * b); finite where a and b have underflowed to 0, since 0 * log(0) is not 0."""
+    return (torch.lerp(b, a, weight) + torch.finfo(a.dtype).tiny).log()
 
 
 DIVERGENCES = {
@@ -208,57 +217,88 @@ def kd_loss(
 ) -> KDLoss:
     """alpha * CE + (1 - alpha) * T^2 * D(teacher, student; T), per valid token.
 
-    CE is at T = 1. T^2 is there since the divergence's gradient shrinks like 1/T^2 at high T (Hinton et al. 2015,
-    section 2.1). Where the vocabularies are padded to different widths, both are cut to the narrower before the
-    softmax: the entries beyond belong to no token.
+    If the two heads are padded to different widths, both are cut to the narrower one before the softmax: the entries
+    beyond it belong to no token.
 
     Args:
         student_logits: (B, S, V) or (N, V).
-        teacher_logits: the same but for V; at alpha = 1 it may be None, and no value of it is read. Or `TopK`, of
-            which the divergence is a lower bound.
-        labels: (B, S) or (N,), aligned with the logits (already shifted); -100 is not in the loss.
+        teacher_logits: the same shape except for V, or `TopK` (the divergence is then a lower bound of the full one).
+            At alpha = 1 it may be None, and its values are not read.
+        labels: (B, S) or (N,), aligned with the logits (already shifted); tokens with label -100 are not in the loss.
         alpha: weight of the cross-entropy: 0 is pure divergence, 1 is pure cross-entropy.
         temperature: T > 0.
         divergence: a key of `DIVERGENCES`.
-        num_items_in_batch: what the sums are divided by: the valid tokens of the whole optimizer step, over all
-            micro-batches and ranks. None divides by those in `labels`.
-        divergence_options: `beta` of jsd, `skew` of the skewed ones.
+        num_items_in_batch: the number that the sums are divided by: the valid tokens of the whole optimizer step, over
+            all micro-batches and ranks. None divides by the valid tokens in `labels`.
+        divergence_options: `beta` of jsd, `skew` of the skewed divergences.
 
     Returns:
-        KDLoss. With no valid token, zeros that keep their graph.
+        KDLoss. With no valid token all its values are 0, and `loss` keeps its graph.
 
     Raises:
-        ValueError: alpha, temperature or divergence out of range, or shapes that do not fit.
+        ValueError: alpha, temperature or divergence out of range, or shapes that do not match.
     """
     check_loss_arguments(alpha, temperature, divergence)
     if student_logits.shape[:-1] != labels.shape:
         raise ValueError(f"labels are {tuple(labels.shape)}, the logits {tuple(student_logits.shape)}: one per token")
+    if teacher_logits is None and alpha < 1:
+        raise ValueError(f"teacher_logits is None, which only alpha = 1 allows; alpha is {alpha}")
     valid = labels != IGNORE_INDEX
     labels, student_logits = labels[valid], student_logits[valid]  # (N,), (N, V)
-    student_logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
-    divergence_sum = student_logits.new_zeros(())
-    if isinstance(teacher_logits, Tensor):
+    if isinstance(teacher_logits, TopK):
+        teacher_logits = TopK(*(x[valid] for x in teacher_logits))  # (N, K), (N, K + 1)
+    elif teacher_logits is not None:
         vocab_size = min(student_logits.shape[-1], teacher_logits.shape[-1])
         student_logits = student_logits[:, :vocab_size]  # (N, V)
-    if alpha < 1:
-        if teacher_logits is None:
-            raise ValueError(f"teacher_logits is None, which only alpha = 1 allows; alpha is {alpha}")
-        if isinstance(teacher_logits, TopK):
-            ids, log_p = teacher_logits.ids[valid].long(), teacher_logits.log_probs[valid]  # (N, K), (N, K + 1)
-            log_q = in_buckets(_log_softmax(student_logits, temperature), ids)
-            per_token = DIVERGENCES[divergence](log_q, log_p, **divergence_options)  # log-probabilities are logits
-        else:
-            teacher_logits = teacher_logits[valid][:, :vocab_size]  # (N, V)
-            per_token = DIVERGENCES[divergence](student_logits, teacher_logits, temperature, **divergence_options)
-        divergence_sum = temperature**2 * per_token.sum()
-    ce_sum = F.cross_entropy(student_logits, labels, reduction="sum")
+        teacher_logits = teacher_logits[valid][:, :vocab_size]  # (N, V)
+    function, targets = DIVERGENCES[divergence], None if alpha == 1 else teacher_logits
+    ce_sum, kl_sum = loss_sums(student_logits, targets, labels, alpha, temperature, function, **divergence_options)
+    num_items = as_num_items(num_items_in_batch, labels)
+    denominator = num_items.clamp(min=1)  # with no valid token the sums are 0: the loss is 0, and differentiable
+    ce_loss, kl_loss = ce_sum / denominator, kl_sum / denominator
+    return KDLoss(alpha * ce_loss + (1 - alpha) * kl_loss, ce_loss.detach(), kl_loss.detach(), num_items)
 
+
+def loss_sums(
+    student_logits: Tensor,
+    teacher_logits: Tensor | TopK | None,
+    labels: Tensor,
+    alpha: float,
+    temperature: float,
+    divergence: Callable[..., Tensor],
+    **divergence_options: float,
+) -> tuple[Tensor, Tensor]:
+    """The sums of CE and of T^2 * D over the N tokens given, all of them valid.
+
+    CE is at T = 1. T^2 compensates for the gradient of the divergence, which shrinks like 1/T^2 at high T (Hinton et
+    al. 2015, section 2.1). A part with weight 0 needs no gradient: at alpha = 0 the CE is detached (it is computed
+    since it is logged), and at alpha = 1 the divergence is not computed.
+
+    Args:
+        student_logits, labels: (N, V) and (N,).
+        teacher_logits: (N, V), or `TopK` of (N, K) and (N, K + 1), or None at alpha = 1.
+        divergence: one of the functions above; the other arguments as in `kd_loss`.
+
+    Returns:
+        Two scalars, in nats.
+    """
+    student_logits = _at_least_fp32(student_logits)
+    kl_sum = student_logits.new_zeros(())
+    if isinstance(teacher_logits, TopK):  # log-probabilities are logits, too, and the temperature is already in them
+        log_q = in_buckets(_log_softmax(student_logits, temperature), teacher_logits.ids.long())  # (N, K + 1)
+        per_token = divergence(log_q, teacher_logits.log_probs, **divergence_options)  # (N,)
+        kl_sum = temperature**2 * per_token.sum()
+    elif teacher_logits is not None:
+        per_token = divergence(student_logits, teacher_logits, temperature, **divergence_options)  # (N,)
+        kl_sum = temperature**2 * per_token.sum()
+    ce_logits = student_logits.detach() if alpha == 0 else student_logits
+    return F.cross_entropy(ce_logits, labels, reduction="sum"), kl_sum
+
+
+def as_num_items(num_items_in_batch: int | Tensor | None, labels: Tensor) -> Tensor:
+    """`num_items_in_batch`, or the number of the (valid) `labels`, as a scalar tensor."""
     num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
-    num_items = torch.as_tensor(num_items, device=labels.device)
-    denominator = num_items.clamp(min=1)  # no valid token: the sums are 0, and so is the loss, graph and all
-    ce_loss, kl_loss = ce_sum / denominator, divergence_sum / denominator
-    loss = alpha * ce_loss + (1 - alpha) * kl_loss
-    return KDLoss(loss, ce_loss.detach(), kl_loss.detach(), num_items)
+    return torch.as_tensor(num_items, device=labels.device)
 
 
 def check_loss_arguments(alpha: float, temperature: float, divergence: str) -> None:
@@ -281,17 +321,17 @@ def dense_kd_loss(
     vocab_size: int | None = None,
     **settings,
 ) -> KDLoss:
-    """`kd_loss` from last hidden states and heads, by way of all the logits: the reference for `kdkit.fused`.
+    """`kd_loss` from last hidden states and heads, with all logits in memory: the reference for `kdkit.fused`.
 
     Args:
         student_hidden, teacher_hidden: (..., Hs), (..., Ht); the teacher's may be None at alpha = 1, or `TopK`.
         student_head, teacher_head: (V, Hs), (V, Ht).
         labels: (...), aligned; -100 is not in the loss.
-        vocab_size: use the first so many rows of both heads.
+        vocab_size: the rows of both heads to use; None uses all.
         settings: the keyword arguments of `kd_loss`.
     """
     student_logits = F.linear(student_hidden, student_head[:vocab_size])  # (..., V)
-    teacher_logits = teacher_hidden if isinstance(teacher_hidden, TopK) else None
-    if settings["alpha"] < 1 and isinstance(teacher_hidden, Tensor):
+    teacher_logits = teacher_hidden
+    if isinstance(teacher_hidden, Tensor) and teacher_head is not None:
         teacher_logits = F.linear(teacher_hidden, teacher_head[:vocab_size])  # (..., V)
     return kd_loss(student_logits, teacher_logits, labels, **settings)

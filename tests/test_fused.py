@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kdkit.fused
-from kdkit.fused import Head, fused_kd_loss
+from kdkit.fused import fused_kd_loss
 from kdkit.losses import DIVERGENCES, TopK, kd_loss, top_k
 
 NAMES = sorted(DIVERGENCES)
@@ -307,8 +307,9 @@ def test_bf16_gradient_of_a_small_kl_is_exact():
     assert got[2].item() == pytest.approx(expected[2].item(), rel=1e-4)
     assert closeness(got[4], expected[4]) < 0.005
     assert closeness(got[5], expected[5]) < 0.005
-    rounded = run(fused_kd_loss, *inputs, alpha=0.0, temperature=1.0, precise=False)
-    assert closeness(rounded[4], expected[4]) > 0.02
+    logits = [(x.float() @ head.float().T).bfloat16() for x, head in (inputs[:2], inputs[2:4])]
+    rounded = (logits[0].double().softmax(-1) - logits[1].double().softmax(-1)) @ inputs[1].double() / len(inputs[4])
+    assert closeness(rounded, expected[4]) > 0.02
 
 
 def test_head_gradient_of_many_chunks_in_bf16():
@@ -331,36 +332,6 @@ def test_mixed_precision_with_master_weights(hidden_dtype):
     assert max(closeness(got[4], expected[4]), closeness(got[5], expected[5])) < 0.02
     before = torch.backends.mkldnn.matmul.fp32_precision
     assert before != "bf16", "the setting that speeds up the products has to be put back"
-
-
-def test_fp16_gradients_do_not_underflow():
-    """A mean over a million tokens: each gradient is below fp16's smallest number until a GradScaler's loss scale."""
-    h, w, th, tw, labels = problem(dtype=torch.float32)
-    arguments = {"alpha": 0.3, "temperature": 2.0, "num_items_in_batch": 10**6}
-    expected = run(dense, h, w, th, tw, labels, scale=2.0**20, **arguments)
-    inputs = (x.half() for x in (h, w, th, tw))
-    got = run(fused_kd_loss, *inputs, labels, scale=2.0**20, **arguments)
-    assert max(closeness(got[4], expected[4].double()), closeness(got[5], expected[5].double())) < 0.005
-
-
-@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 3.0), (0.5, 2.0)])
-@pytest.mark.parametrize("biased", [False, True])
-def test_heads_with_bias_scale_and_soft_cap(biased, scale, softcap):
-    h, w, th, tw, labels = problem(teacher_vocab=37)
-    biases = [problem(seed=7)[1][:, 0], problem(seed=8)[1][:, 0]] if biased else [None, None]
-    grads = []
-    for fused in (True, False):
-        inputs = [x if x is None else x.clone().requires_grad_() for x in (h, w, biases[0])]
-        sides = ((inputs[0], Head(*inputs[1:], scale, softcap)), (th, Head(tw, biases[1], scale, softcap)))
-        if fused:
-            result = fused_kd_loss(*sides[0], *sides[1], labels, alpha=0.3, temperature=2.0, chunk_size=4)
-        else:
-            logits = [scale * torch.nn.functional.linear(x, head.weight, head.bias) for x, head in sides]
-            logits = [softcap * (x / softcap).tanh() if softcap else x for x in logits]
-            result = kd_loss(*logits, labels, alpha=0.3, temperature=2.0)
-        result.loss.backward()
-        grads.append([result.loss, *(x.grad for x in inputs if x is not None)])
-    assert_same(*grads)
 
 
 @pytest.mark.parametrize(
