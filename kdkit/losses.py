@@ -287,9 +287,11 @@ def dense_kd_loss(
         student_hidden, teacher_hidden: (..., Hs), (..., Ht); the teacher's may be None at alpha = 1, or `TopK`.
         student_head, teacher_head: (V, Hs), (V, Ht).
         labels: (...), aligned; -100 is not in the loss.
-        vocab_size: use the first so many rows of both heads.
+        vocab_size: use the first so many rows of both heads; None keeps those of the narrower head.
         settings: the keyword arguments of `kd_loss`.
     """
+    if teacher_head is not None:
+        vocab_size = min(len(student_head), len(teacher_head), vocab_size or len(student_head))
     student_logits = F.linear(student_hidden, student_head[:vocab_size])  # (..., V)
     teacher_logits = teacher_hidden if isinstance(teacher_hidden, TopK) else None
     if settings["alpha"] < 1 and isinstance(teacher_hidden, Tensor):
