@@ -4,12 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from helpers import FIELDS, student_with_dropout, with_another
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +20,7 @@ from kdkit import DistillConfig, files
 from kdkit.checkpoint import checkpoints, find_checkpoint
 from kdkit.config import RunStopped, UsageError
 from kdkit.devices import start_accelerator
-from kdkit.models import ASSETS, count_parameters
+from kdkit.models import count_parameters
 from kdkit.tracking import read_metrics
 from kdkit.train import main, train
 
@@ -41,14 +43,6 @@ def cut_after(step):
     return watch
 
 
-def with_dropout(tmp_path, **fields) -> str:
-    """A config of the student that has dropout."""
-    folder = shutil.copytree(ASSETS / "embedded_student", tmp_path / "student", dirs_exist_ok=True)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2, **fields}))
-    return str(folder)
-
-
 def numbers(history):
     """What a run computed, without how long it took."""
     return [{k: v for k, v in event.items() if k != "train/tokens_per_second"} for event in history]
@@ -62,7 +56,7 @@ def weights(config):
 def test_a_run_cut_in_an_epoch_and_resumed_is_the_uncut_one_bit_for_bit(small, tmp_path, monkeypatch, precision):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     fields = dict(
-        student_model=with_dropout(tmp_path), student_random_init=True, gradient_accumulation_steps=2, batch_size=2,
+        student_model=student_with_dropout(tmp_path / "student"), student_random_init=True, gradient_accumulation_steps=2, batch_size=2,
         max_steps=20, save_steps=4, eval_steps=5, alpha=0.3,
     )  # fmt: skip
     whole = small(**fields, output_dir=str(tmp_path / "whole"))
@@ -84,7 +78,7 @@ def test_dropout_is_at_work_in_that_test(small, tmp_path):
     losses = []
     for dropout in (0.0, 0.2):
         config = small(
-            student_model=with_dropout(tmp_path, attention_dropout=dropout), student_random_init=True, max_steps=1,
+            student_model=student_with_dropout(tmp_path / "student", dropout), student_random_init=True, max_steps=1,
             output_dir=str(tmp_path / f"run{dropout}"),
         )  # fmt: skip
         losses.append(train(config)[1]["train/loss"])
@@ -170,9 +164,28 @@ def test_another_configuration_in_the_folder_is_refused_with_the_fields(small):
         assert words in str(error.value)
 
 
-def test_how_a_run_is_watched_may_change(small):
-    train(small(max_steps=2, save_steps=1))
-    train(small(max_steps=2, save_steps=2, logging_steps=5, keep_checkpoints=1, wandb_project="other"))
+# Fields that say how a run is watched, stored and laid out. All others decide what it computes.
+FREE = {"output_dir", "resume", "logging_steps", "eval_steps", "save_steps", "keep_checkpoints", "on_failed_save",
+        "teacher_placement", "targets_dir", "export_dtype", "fused_loss", "use_wandb", "wandb_project", "wandb_entity",
+        "wandb_run_name"}  # fmt: skip
+
+
+def test_each_field_that_is_not_free_is_refused_by_name_on_resume(small):
+    config = small(max_steps=1, packing=False, targets_dir="stored")
+    train(config)
+    for name in set(FIELDS) - FREE:
+        with pytest.raises(UsageError, match=rf"another configuration: {name} was .*, is [^;]*\. Choose"):
+            train(with_another(config, name))
+
+
+def test_all_free_fields_together_are_accepted_on_resume(small, tmp_path):
+    config = small(max_steps=3, save_steps=1, eval_steps=1)
+    with pytest.raises(Cut):
+        train(config, watch=cut_after(3))
+    moved = shutil.copytree(config.output_dir, tmp_path / "moved")
+    given = {"output_dir": str(moved), "resume": str(moved / "checkpoints" / "step_00000002")}
+    history = train(replace(with_another(config, *FREE - given.keys()), **given))
+    assert [event["train/step"] for event in history if "train/step" in event] == [1, 2, 3]
 
 
 def test_never_starts_over(small):
@@ -205,7 +218,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(small, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_final_is_a_folder_that_transformers_loads(small, tmp_path, tied):
-    folder = with_dropout(tmp_path, tie_word_embeddings=tied)
+    folder = student_with_dropout(tmp_path / "student", tie_word_embeddings=tied)
     config = small(student_model=folder, student_random_init=True, max_steps=3)
     train(config)
     final = Path(config.output_dir) / "final"
