@@ -56,8 +56,8 @@ def weights(config):
 def test_a_run_cut_in_an_epoch_and_resumed_is_the_uncut_one_bit_for_bit(small, tmp_path, monkeypatch, precision):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     fields = dict(
-        student_model=student_with_dropout(tmp_path / "student"), student_random_init=True, gradient_accumulation_steps=2, batch_size=2,
-        max_steps=20, save_steps=4, eval_steps=5, alpha=0.3,
+        student_model=student_with_dropout(tmp_path / "student"), student_random_init=True,
+        gradient_accumulation_steps=2, batch_size=2, max_steps=20, save_steps=4, eval_steps=5, alpha=0.3,
     )  # fmt: skip
     whole = small(**fields, output_dir=str(tmp_path / "whole"))
     uncut = train(whole)
