@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from kdkit.files import sync, write_text
 from kdkit.hub import explain
 from kdkit.losses import IGNORE_INDEX
 
@@ -70,8 +71,10 @@ def cached_rows(file: Path, make: Callable[[], Iterable[dict]], counts: Counter,
                     rows = iter(make())
                     while batch := list(itertools.islice(rows, 1000)):
                         stream.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-                file.with_suffix(".json").write_text(json.dumps(counts))
+                write_text(file.with_suffix(".json"), json.dumps(counts))
+                sync(aside)
                 os.replace(aside, file)
+                sync(file.parent)
     except OSError as error:
         raise explain("the cache of", name, error, f"{file.parent} has to be writable") from error
     return MappedRows(file)

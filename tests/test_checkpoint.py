@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdkit import DistillConfig, files
 from kdkit.checkpoint import checkpoints, find_checkpoint
 from kdkit.config import RunStopped, UsageError
+from kdkit.data import load_rows
 from kdkit.devices import start_accelerator
-from kdkit.models import count_parameters
+from kdkit.models import count_parameters, load_tokenizer
+from kdkit.targets import store
 from kdkit.tracking import read_metrics
 from kdkit.train import main, train
 
@@ -396,6 +399,49 @@ def test_it_is_on_the_disk_before_it_counts(small, monkeypatch):
     final = Path(config.output_dir) / "final"
     named = done.index(("rename", "final"))
     assert {final.with_name(".writing_final") / file.name for file in final.iterdir()} <= set(done[:named])
+
+
+class Disk:
+    """Watches what is renamed, and whether its content was on the disk by then."""
+
+    def __init__(self, monkeypatch):
+        self.synced, self.names, self.unsafe = {}, [], []
+        monkeypatch.setattr(os, "fsync", partial(self._fsync, os.fsync))
+        for name in ("rename", "replace"):
+            monkeypatch.setattr(os, name, partial(self._rename, getattr(os, name)))
+
+    def _fsync(self, fsync, descriptor):
+        fsync(descriptor)
+        status = os.stat(descriptor)
+        self.synced[status.st_dev, status.st_ino] = status.st_mtime_ns
+
+    def _rename(self, rename, source, target, **options):
+        self.unsafe += [(target, path) for path in [Path(source), *Path(source).rglob("*")] if not self.has(path)]
+        self.names.append(Path(target))
+        rename(source, target, **options)
+
+    def has(self, path) -> bool:
+        """Whether a file, or a folder's list of names, was synced after it was last written."""
+        status = os.stat(path)
+        return self.synced.get((status.st_dev, status.st_ino)) == status.st_mtime_ns
+
+
+def test_content_is_on_the_disk_before_any_renaming_and_at_the_end(small, tmp_path, monkeypatch):
+    """A file that is renamed before its content is written may be there, and empty, after a power cut."""
+    text, targets = tmp_path / "text.jsonl", tmp_path / "targets"
+    text.write_text("".join(json.dumps({"text": f"text number {i} " * 9}) + "\n" for i in range(200)))
+    config = small(dataset=str(text), targets="hidden", targets_dir=str(targets), max_steps=2, save_steps=1)
+    load_rows(replace(config, max_length=32), load_tokenizer(config))  # `datasets` makes its own files here
+    disk = Disk(monkeypatch)
+    store(config)
+    train(config)
+    assert not disk.unsafe
+    assert {path.name for path in disk.names} | {path.suffix for path in disk.names} >= {
+        ".arrow", "targets.json", "head.safetensors", "train-000000.safetensors", "config.yaml", "metrics.jsonl",
+        "step_00000001", "step_00000002", "final",
+    }  # fmt: skip
+    made = {path for name in disk.names for path in name.parent.glob(f"{name.stem}*") if path.suffix != ".lock"}
+    assert not [path for path in made if not disk.has(path)]
 
 
 # --- full disks

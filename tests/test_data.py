@@ -1,6 +1,10 @@
+import itertools
 import json
+import os
 import re
 import shutil
+import signal
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -379,6 +383,47 @@ def test_a_cache_with_no_room_is_named_and_leaves_nothing_that_looks_whole(small
     assert not file.exists()
     file.with_suffix(".writing").unlink()
     assert data.load_rows(config, tokenizer)[0]
+
+
+def load_until_killed(config, tokenizer, folder, moment):
+    """Load rows in a child process, killed before its given opening for writing, or renaming, in a folder; whether it
+    was."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    count = 0
+
+    def kill(event, arguments):
+        nonlocal count
+        writes = event == "os.rename" or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if writes and str(arguments[0]).startswith(str(folder)):
+            count += 1
+            if count > moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        sys.addaudithook(kill)
+        data.load_rows(config, tokenizer)
+    finally:
+        os._exit(0)
+
+
+def test_rows_after_a_kill_at_any_moment_are_those_without_a_kill(small, tokenizer, tmp_path, monkeypatch):
+    cache, prepared, config = tmp_path / "cache", tmp_path / "prepared", small(dataset=words(tmp_path / "a.jsonl"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    data.load_rows(replace(config, max_length=32), tokenizer)  # so that the dataset is there, and its rows are not
+    shutil.copytree(cache, prepared)
+    expected = [list(rows) for rows in data.load_rows(config, tokenizer)]
+    for moment in itertools.count():
+        shutil.rmtree(cache)
+        shutil.copytree(prepared, cache)
+        killed = load_until_killed(config, tokenizer, cache, moment)
+        rows = data.load_rows(config, tokenizer)
+        assert [list(part) for part in rows] == expected, moment
+        assert [count_tokens(part) for part in rows] == [count_tokens(part) for part in expected], moment
+        if not killed:
+            break
+    assert moment > 5  # of training and held-out rows each: the rows, their counts, a renaming
 
 
 def test_rows_from_a_file_are_a_sequence_like_a_list(small, tokenizer, tmp_path):
