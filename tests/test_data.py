@@ -402,6 +402,7 @@ def load_until_killed(config, tokenizer, folder, moment):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     try:
+        signal.alarm(60)  # seconds after which it hangs
         sys.addaudithook(kill)
         data.load_rows(config, tokenizer)
     finally:

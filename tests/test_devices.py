@@ -418,7 +418,7 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path):
     """
     launcher = subprocess.Popen(command("ddp", script(tmp_path, wait)), env=environment())
     try:
-        wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+        wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, LIMIT)
         launcher.kill()
         wait_until(lambda: not any(is_running(path.stem) for path in tmp_path.glob("*.pid")))
     finally:
@@ -436,7 +436,7 @@ def is_running(pid):
         return False
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=30.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
