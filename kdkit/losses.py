@@ -327,9 +327,11 @@ def dense_kd_loss(
         student_hidden, teacher_hidden: (..., Hs), (..., Ht); the teacher's may be None at alpha = 1, or `TopK`.
         student_head, teacher_head: (V, Hs), (V, Ht).
         labels: (...), aligned; -100 is not in the loss.
-        vocab_size: the rows of both heads to use; None uses all.
+        vocab_size: the rows of both heads to use; None uses those of the narrower head.
         settings: the keyword arguments of `kd_loss`.
     """
+    if teacher_head is not None:
+        vocab_size = min(len(student_head), len(teacher_head), vocab_size or len(student_head))
     student_logits = F.linear(student_hidden, student_head[:vocab_size])  # (..., V)
     teacher_logits = teacher_hidden
     if isinstance(teacher_hidden, Tensor) and teacher_head is not None:

@@ -4,23 +4,28 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from helpers import FIELDS, student_with_dropout, with_another
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdkit import DistillConfig
 from kdkit.config import RunStopped, UsageError
-from kdkit.models import ASSETS, count_parameters
+from kdkit.data import load_rows
+from kdkit.models import count_parameters, load_tokenizer
 from kdkit.running import files
 from kdkit.running.checkpoint import checkpoints, find_checkpoint
 from kdkit.running.devices import start_accelerator
 from kdkit.running.tracking import read_metrics
+from kdkit.targets import store
 from kdkit.train import main, train
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -42,14 +47,6 @@ def cut_after(step):
     return watch
 
 
-def with_dropout(tmp_path, **fields) -> str:
-    """A config of the student that has dropout."""
-    folder = shutil.copytree(ASSETS / "embedded_student", tmp_path / "student", dirs_exist_ok=True)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2, **fields}))
-    return str(folder)
-
-
 def numbers(history):
     """What a run computed, without how long it took."""
     return [{k: v for k, v in event.items() if k != "train/tokens_per_second"} for event in history]
@@ -63,8 +60,8 @@ def weights(config):
 def test_a_run_cut_in_an_epoch_and_resumed_is_the_uncut_one_bit_for_bit(small, tmp_path, monkeypatch, precision):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     fields = dict(
-        student_model=with_dropout(tmp_path), student_random_init=True, gradient_accumulation_steps=2, batch_size=2,
-        max_steps=20, save_steps=4, eval_steps=5, alpha=0.3,
+        student_model=student_with_dropout(tmp_path / "student"), student_random_init=True,
+        gradient_accumulation_steps=2, batch_size=2, max_steps=20, save_steps=4, eval_steps=5, alpha=0.3,
     )  # fmt: skip
     whole = small(**fields, output_dir=str(tmp_path / "whole"))
     uncut = train(whole)
@@ -85,7 +82,7 @@ def test_dropout_is_at_work_in_that_test(small, tmp_path):
     losses = []
     for dropout in (0.0, 0.2):
         config = small(
-            student_model=with_dropout(tmp_path, attention_dropout=dropout), student_random_init=True, max_steps=1,
+            student_model=student_with_dropout(tmp_path / "student", dropout), student_random_init=True, max_steps=1,
             output_dir=str(tmp_path / f"run{dropout}"),
         )  # fmt: skip
         losses.append(train(config)[1]["train/loss"])
@@ -171,9 +168,28 @@ def test_another_configuration_in_the_folder_is_refused_with_the_fields(small):
         assert words in str(error.value)
 
 
-def test_how_a_run_is_watched_may_change(small):
-    train(small(max_steps=2, save_steps=1))
-    train(small(max_steps=2, save_steps=2, logging_steps=5, keep_checkpoints=1, wandb_project="other"))
+# Fields that say how a run is watched, stored and laid out. All others decide what it computes.
+FREE = {"output_dir", "resume", "logging_steps", "eval_steps", "save_steps", "keep_checkpoints", "num_proc",
+        "teacher_placement", "targets_dir", "export_dtype", "fused_loss", "compile_loss", "use_wandb", "wandb_project",
+        "wandb_entity", "wandb_run_name"}  # fmt: skip
+
+
+def test_each_field_that_is_not_free_is_refused_by_name_on_resume(small):
+    config = small(max_steps=1, packing=False, targets_dir="stored")
+    train(config)
+    for name in set(FIELDS) - FREE:
+        with pytest.raises(UsageError, match=rf"another configuration: {name} was .*, is [^;]*\. Choose"):
+            train(with_another(config, name))
+
+
+def test_all_free_fields_together_are_accepted_on_resume(small, tmp_path):
+    config = small(max_steps=3, save_steps=1, eval_steps=1)
+    with pytest.raises(Cut):
+        train(config, watch=cut_after(3))
+    moved = shutil.copytree(config.output_dir, tmp_path / "moved")
+    given = {"output_dir": str(moved), "resume": str(moved / "checkpoints" / "step_00000002")}
+    history = train(replace(with_another(config, *FREE - given.keys()), **given))
+    assert [event["train/step"] for event in history if "train/step" in event] == [1, 2, 3]
 
 
 def test_never_starts_over(small):
@@ -206,7 +222,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(small, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_final_is_a_folder_that_transformers_loads(small, tmp_path, tied):
-    folder = with_dropout(tmp_path, tie_word_embeddings=tied)
+    folder = student_with_dropout(tmp_path / "student", tie_word_embeddings=tied)
     config = small(student_model=folder, student_random_init=True, max_steps=3)
     train(config)
     final = Path(config.output_dir) / "final"
@@ -384,6 +400,49 @@ def test_it_is_on_the_disk_before_it_counts(small, monkeypatch):
     final = Path(config.output_dir) / "final"
     named = done.index(("rename", "final"))
     assert {final.with_name(".writing_final") / file.name for file in final.iterdir()} <= set(done[:named])
+
+
+class Disk:
+    """Watches what is renamed, and whether its content was on the disk by then."""
+
+    def __init__(self, monkeypatch):
+        self.synced, self.names, self.unsafe = {}, [], []
+        monkeypatch.setattr(os, "fsync", partial(self._fsync, os.fsync))
+        for name in ("rename", "replace"):
+            monkeypatch.setattr(os, name, partial(self._rename, getattr(os, name)))
+
+    def _fsync(self, fsync, descriptor):
+        fsync(descriptor)
+        status = os.stat(descriptor)
+        self.synced[status.st_dev, status.st_ino] = status.st_mtime_ns
+
+    def _rename(self, rename, source, target, **options):
+        self.unsafe += [(target, path) for path in [Path(source), *Path(source).rglob("*")] if not self.has(path)]
+        self.names.append(Path(target))
+        rename(source, target, **options)
+
+    def has(self, path) -> bool:
+        """Whether a file, or a folder's list of names, was synced after it was last written."""
+        status = os.stat(path)
+        return self.synced.get((status.st_dev, status.st_ino)) == status.st_mtime_ns
+
+
+def test_content_is_on_the_disk_before_any_renaming_and_at_the_end(small, tmp_path, monkeypatch):
+    """A file that is renamed before its content is written may be there, and empty, after a power cut."""
+    text, targets = tmp_path / "text.jsonl", tmp_path / "targets"
+    text.write_text("".join(json.dumps({"text": f"text number {i} " * 9}) + "\n" for i in range(200)))
+    config = small(dataset=str(text), targets="hidden", targets_dir=str(targets), max_steps=2, save_steps=1)
+    load_rows(replace(config, max_length=32), load_tokenizer(config))  # `datasets` makes its own files here
+    disk = Disk(monkeypatch)
+    store(config)
+    train(config)
+    assert not disk.unsafe
+    assert {path.name for path in disk.names} | {path.suffix for path in disk.names} >= {
+        ".arrow", "targets.json", "head.safetensors", "train-000000.safetensors", "config.yaml", "metrics.jsonl",
+        "step_00000001", "step_00000002", "final",
+    }  # fmt: skip
+    made = {path for name in disk.names for path in name.parent.glob(f"{name.stem}*") if path.suffix != ".lock"}
+    assert not [path for path in made if not disk.has(path)]
 
 
 # --- full disks

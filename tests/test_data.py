@@ -1,14 +1,23 @@
+import itertools
 import json
+import os
+import re
+import shutil
+import signal
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from helpers import another, with_another
 
 from kdkit import data
-from kdkit.config import UsageError
+from kdkit.config import FIELDS, DataFields, UsageError
 from kdkit.data import (
     Document,
     Steps,
@@ -22,7 +31,7 @@ from kdkit.data import (
 from kdkit.data.__main__ import main, show_row
 from kdkit.data.batches import cached_rows
 from kdkit.losses import IGNORE_INDEX
-from kdkit.models import BodyAndHead, load_teacher, load_tokenizer
+from kdkit.models import ASSETS, BodyAndHead, load_teacher, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +210,111 @@ def test_what_was_cut_and_dropped_is_told(small, tokenizer, tmp_path, monkeypatc
     assert dropped == "2 of 3 samples are left out: nothing in them to learn"  # the long one's answer was cut off
 
 
+UNIT = re.compile(r"unit\d{4}")
+
+
+def units(tokenizer, rows):
+    """The numbered words of rows, each of which stands in one document, or at one place of the only document."""
+    return {unit for row in rows for unit in UNIT.findall(tokenizer.decode(row["input_ids"]))}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_training_and_held_out_rows_of_a_file_share_no_document(small, tokenizer, tmp_path, kind, packing):
+    names = [f"unit{i:04d}" for i in range(300)]
+    if kind == "jsonl":
+        file = json_lines(tmp_path / "a.jsonl", *({"text": f"{name} and more words. " * 8} for name in names))
+    else:
+        file = str(tmp_path / "a.txt")
+        Path(file).write_text("\n".join(names))
+    config = small(dataset=file, packing=packing, max_train_tokens=None, max_eval_tokens=None)
+    train, held_out = (units(tokenizer, rows) for rows in data.load_rows(config, tokenizer))
+    assert not train & held_out
+    assert len(train) > 200 and 10 < len(held_out) < 60 and len(train | held_out) > 250  # a cut may hide a word
+
+
+def test_training_and_held_out_rows_of_the_embedded_text_share_no_source(small, tokenizer):
+    sources = {}
+    for document in data.embedded_documents():  # each starts with the name of what it documents
+        sources.setdefault(document.text.split("\n")[0], set()).add(document.source)
+    fields = dict(packing=False, truncation_mode="keep_start", max_train_tokens=40000, max_eval_tokens=20000)
+    train, held_out = (
+        {source for row in rows for source in sources[decode(tokenizer, row).split("\n")[0]]}
+        for rows in data.load_rows(small(**fields), tokenizer)
+    )
+    assert not train & held_out and len(train) > 200 and len(held_out) > 20
+
+
+def decode(tokenizer, row):
+    return tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+
+
 # --- the cache
+
+
+# The fields of data make other rows, and so does the teacher, whose tokenizer is used.
+MAKE_NO_OTHER_ROWS = FIELDS.keys() - {field.name for field in fields(DataFields)} - {"teacher_model"} | {"num_proc"}
+CONFIGS = """---
+configs:
+- {config_name: default, data_files: [{split: train, path: a.jsonl}, {split: test, path: b.jsonl}]}
+- {config_name: other, data_files: [{split: train, path: b.jsonl}, {split: test, path: a.jsonl}]}
+---
+"""
+
+
+def corpus(folder, name, count):
+    """A folder of two files, each with texts, conversations, and prompts with completions, all of them twice."""
+
+    def record(words, x):
+        return {f"text{x}": words, f"messages{x}": chat(words, "more")["messages"], f"prompt{x}": f"{words}?",
+                f"completion{x}": words}  # fmt: skip
+
+    folder.mkdir()
+    (folder / "README.md").write_text(CONFIGS)
+    for file in ("a", "b"):
+        texts = [f"{name} {file} {i} " * (i % 7 + 1) for i in range(count)]
+        json_lines(folder / f"{file}.jsonl", *({**record(text, ""), **record(f"2 {text}", "2")} for text in texts))
+    return str(folder)
+
+
+def test_rows_of_other_fields_are_never_taken_from_the_cache(small, tokenizer, tmp_path, monkeypatch):
+    """With a cache that holds the rows of other settings, every setting has the rows that it has with an empty one."""
+    values = {
+        "dataset": corpus(tmp_path / "other", "other", 300), "eval_dataset": str(tmp_path / "other"),
+        "dataset_config": "other", "dataset_split": "test", "eval_split": "test", "text_column": "text2",
+        "messages_column": "messages2", "prompt_column": "prompt2", "completion_column": "completion2",
+        "chat_template": str(tmp_path / "other.jinja"), "teacher_model": str(tmp_path / "tokenizer"),
+        "truncation_mode": "keep_end", "max_train_tokens": 1500, "max_eval_tokens": 200, "max_length": 32,
+    }  # fmt: skip
+    (tmp_path / "one.jinja").write_text(CHATML)
+    (tmp_path / "other.jinja").write_text(CHATML.replace("|>{{", "|>the {{"))
+    monkeypatch.setattr(tokenizer.backend_tokenizer, "post_processor", None)  # no <|bos|>
+    tokenizer.save_pretrained(shutil.copytree(ASSETS / "embedded_teacher", tmp_path / "tokenizer"))
+    base = small(dataset=corpus(tmp_path / "one", "one", 300), chat_template=str(tmp_path / "one.jinja"))
+    kinds = {
+        "texts": replace(base, messages_column=None, prompt_column=None),
+        "conversations": base,
+        "prompts": replace(base, messages_column=None),
+    }
+
+    def rows_of(config, cache):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / cache)
+        return [list(rows) for rows in data.load_rows(config, load_tokenizer(config))]
+
+    makes_others = set()
+    for kind, config in kinds.items():
+        expected = rows_of(config, "warm")
+        for name in FIELDS:
+            if name not in MAKE_NO_OTHER_ROWS:
+                changed = replace(config, **{name: values.get(name, another(config, name))})
+                cold = rows_of(changed, f"cold {kind} {name}")
+                assert rows_of(changed, "warm") == cold, (kind, name)
+                makes_others |= {name} if cold != expected else set()
+        assert rows_of(config, "warm") == expected
+    assert makes_others == set(FIELDS) - MAKE_NO_OTHER_ROWS
+    config = replace(kinds["texts"], packing=False, targets_dir="stored")
+    expected = rows_of(config, "all others")
+    assert rows_of(with_another(config, *MAKE_NO_OTHER_ROWS), "all others again") == expected
 
 
 def words(path, count=200):
@@ -250,6 +363,48 @@ def test_a_cache_with_no_room_is_named_and_leaves_nothing_that_looks_whole(small
     assert not file.exists()
     file.with_suffix(".writing").unlink()
     assert data.load_rows(config, tokenizer)[0]
+
+
+def load_until_killed(config, tokenizer, folder, moment):
+    """Load rows in a child process, killed before its given opening for writing, or renaming, in a folder; whether it
+    was."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    count = 0
+
+    def kill(event, arguments):
+        nonlocal count
+        writes = event == "os.rename" or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if writes and str(arguments[0]).startswith(str(folder)):
+            count += 1
+            if count > moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        signal.alarm(60)  # seconds after which it hangs
+        sys.addaudithook(kill)
+        data.load_rows(config, tokenizer)
+    finally:
+        os._exit(0)
+
+
+def test_rows_after_a_kill_at_any_moment_are_those_without_a_kill(small, tokenizer, tmp_path, monkeypatch):
+    cache, prepared, config = tmp_path / "cache", tmp_path / "prepared", small(dataset=words(tmp_path / "a.jsonl"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    data.load_rows(replace(config, max_length=32), tokenizer)  # so that the dataset is there, and its rows are not
+    shutil.copytree(cache, prepared)
+    expected = [list(rows) for rows in data.load_rows(config, tokenizer)]
+    for moment in itertools.count():
+        shutil.rmtree(cache)
+        shutil.copytree(prepared, cache)
+        killed = load_until_killed(config, tokenizer, cache, moment)
+        rows = data.load_rows(config, tokenizer)
+        assert [list(part) for part in rows] == expected, moment
+        assert [count_tokens(part) for part in rows] == [count_tokens(part) for part in expected], moment
+        if not killed:
+            break
+    assert moment > 5  # of training and held-out rows each: the rows, their counts, a renaming
 
 
 def test_rows_from_a_file_are_a_sequence_like_a_list(small, tokenizer, tmp_path):

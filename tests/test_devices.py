@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -12,9 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+from helpers import LIMIT, environment, free_port, run_processes, student_with_dropout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoModelForCausalLM
 
 from kdkit.running import files
@@ -24,7 +30,6 @@ from kdkit.train import train
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-LIMIT = 120  # seconds after which a run hangs
 
 
 def command(kind: str, *program: str, precision: str = "no") -> list[str]:
@@ -41,9 +46,7 @@ def arguments(config) -> list[str]:
 
 
 def launch(kind: str, config, **options) -> str:
-    run = subprocess.run(
-        command(kind, "-m", "kdkit.train", *arguments(config), **options), capture_output=True, text=True, timeout=LIMIT
-    )
+    run = run_processes(command(kind, "-m", "kdkit.train", *arguments(config), **options))
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 
@@ -167,6 +170,37 @@ def test_another_number_of_ranks_alone_is_told(runs, tmp_path):
     assert "4 rows a step, 8 when the checkpoint was written" in printed
 
 
+def test_two_ranks_have_different_dropout(small, tmp_path):
+    """On the same rows: what the teacher gives is then the same on both, and what the student gives is not."""
+    look = """
+        import json, os, sys
+        from torch.nn.modules.module import register_module_forward_hook
+        from kdkit.train import main
+        sums, seen = [], {"teacher": [], "student": []}
+        def keep(module, inputs, output):
+            if type(module).__name__ == "LlamaModel":
+                sums.append(output.last_hidden_state.double().sum().item())
+                if module.training:  # the student; the teacher came just before, with the same rows
+                    seen["teacher"].append(sums[-2])
+                    seen["student"].append(sums[-1])
+        register_module_forward_hook(keep)
+        folder, *arguments = sys.argv[1:]
+        main(arguments)
+        with open(f"{folder}/{os.environ['RANK']}.json", "w") as file:
+            json.dump(seen, file)
+    """
+    (tmp_path / "text.jsonl").write_text((json.dumps({"text": "the same words " * 9}) + "\n") * 99)
+    config = small(
+        student_model=student_with_dropout(tmp_path / "student"), student_random_init=True, max_steps=2, packing=False,
+        dataset=str(tmp_path / "text.jsonl"), batch_size=1,
+    )  # fmt: skip
+    run = run_processes(command("ddp", script(tmp_path, look), str(tmp_path), *arguments(config)))
+    assert run.returncode == 0, run.stdout + run.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["teacher"] == second["teacher"] and len(first["teacher"]) == 2
+    assert not set(first["student"]) & set(second["student"])
+
+
 # --- sharding
 
 PROBE = """
@@ -215,9 +249,7 @@ def script(tmp_path, text) -> str:
 
 
 def test_each_rank_holds_its_half_of_both_models(tmp_path):
-    run = subprocess.run(
-        command("fsdp", script(tmp_path, PROBE), precision="bf16"), capture_output=True, text=True, timeout=LIMIT
-    )
+    run = run_processes(command("fsdp", script(tmp_path, PROBE), precision="bf16"))
     assert run.returncode == 0, run.stdout + run.stderr
     for rank in (0, 1):
         assert f"rank {rank} holds its half; sharded over 2 ranks (shard, auto" in run.stdout
@@ -256,7 +288,7 @@ def test_activation_checkpointing_changes_memory_alone(runs, tmp_path):
     program = command("fsdp", "-m", "kdkit.train", *arguments(config))
     place = program.index("--mixed_precision")
     program[place:place] = ["--fsdp_activation_checkpointing", "true"]
-    run = subprocess.run(program, capture_output=True, text=True, timeout=LIMIT)
+    run = run_processes(program)
     assert run.returncode == 0, run.stdout + run.stderr
     assert_same_run(config, whole, 2e-5)
 
@@ -281,9 +313,7 @@ def test_a_rank_killed_in_a_save_costs_nothing_that_was_saved(small, tmp_path):
     """
     config = small(max_steps=6, save_steps=2)
     started = time.time()
-    run = subprocess.run(
-        command("fsdp", script(tmp_path, kill), *arguments(config)), capture_output=True, text=True, timeout=LIMIT
-    )
+    run = run_processes(command("fsdp", script(tmp_path, kill), *arguments(config)))
     assert run.returncode != 0 and time.time() - started < LIMIT - 30
     assert [path.name for path in checkpoints(config.output_dir)] == ["step_00000002"]
     assert "step_00000002" in launch("fsdp", config)
@@ -316,9 +346,7 @@ def test_a_fault_on_one_rank_stops_both_and_is_named(small, tmp_path):
         train.main(sys.argv[1:])
     """
     config = small(max_steps=6, save_steps=2)
-    run = subprocess.run(
-        command("ddp", script(tmp_path, fault), *arguments(config)), capture_output=True, text=True, timeout=LIMIT
-    )
+    run = run_processes(command("ddp", script(tmp_path, fault), *arguments(config)))
     assert run.returncode != 0
     said = "kdkit: the loss or its gradient of step 3 is not finite (rank 1: divergence (teacher) in 1 of 4 rows)"
     assert said in run.stderr  # of the second rank to end, the launcher may not wait for the line
@@ -352,7 +380,7 @@ def test_a_rank_that_fails_takes_the_others_down_with_its_own_error(tmp_path):
             raise RuntimeError("the disk of this rank is on fire")
         accelerator.wait_for_everyone()
     """
-    run = subprocess.run(command("ddp", script(tmp_path, fail)), capture_output=True, text=True, timeout=LIMIT)
+    run = run_processes(command("ddp", script(tmp_path, fail)))
     assert run.returncode != 0 and "the disk of this rank is on fire" in run.stderr
 
 
@@ -381,42 +409,96 @@ def test_to_shard_the_teacher_takes_two(small):
         train(small(teacher_placement="shard"))
 
 
+def test_ranks_end_when_their_launcher_is_killed(tmp_path):
+    """So that a pytest that is killed, or a run that hangs, leaves no process behind."""
+    wait = f"""
+        import os, time
+        open("{tmp_path}/" + str(os.getpid()) + ".pid", "w").close()
+        time.sleep(600)
+    """
+    launcher = subprocess.Popen(command("ddp", script(tmp_path, wait)), env=environment())
+    try:
+        wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, LIMIT)
+        launcher.kill()
+        wait_until(lambda: not any(is_running(path.stem) for path in tmp_path.glob("*.pid")))
+    finally:
+        launcher.kill()
+        launcher.wait()
+        for path in tmp_path.glob("*.pid"):
+            if is_running(path.stem):
+                os.kill(int(path.stem), signal.SIGKILL)
+
+
+def is_running(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 # --- accelerate's configurations
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_accelerate_reads_it_and_each_choice_is_explained(path):
-    config = load_config_from_file(str(path))
-    assert config.mixed_precision == "bf16"
+def test_configuration_file_every_line_is_explained(path):
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ") and f"accelerate_configs/{path.name}" in path.read_text()
-    unexplained = [line for line in lines if line.strip() and "#" not in line and not line.endswith("fsdp_config:")]
-    assert not unexplained
-    for key, value in (yaml.safe_load(path.read_text()).get("fsdp_config") or {}).items():
-        assert (key, config.fsdp_config[key]) == (key, value)
+    assert not [line for line in lines if line.strip() and "#" not in line and not line.endswith("fsdp_config:")]
 
 
-def test_two_launchers_meet_as_two_machines_would(small, tmp_path):
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configuration_file_reaches_the_processes_as_it_is_written(path, monkeypatch):
+    """By what the launcher hands its processes, and what accelerate makes of that there. It reads over what it does
+    not know, a misspelt key among it."""
+    written = yaml.safe_load(path.read_text())
+    fsdp = written.pop("fsdp_config", {})
+    launched = launch_command_parser().parse_args(["--config_file", str(path), "kdkit.train"])
+    launched, _, _ = _validate_launch_command(launched)
+    for name in ("num_processes", "num_machines", "main_process_port", "main_process_ip", "mixed_precision"):
+        assert name not in written or getattr(launched, name) == written[name], name
+    assert (launched.use_fsdp, launched.multi_gpu) == (path.stem.startswith("fsdp"), path.stem == "ddp")
+    if written["num_processes"] == 1:
+        return
+    for name, value in prepare_multi_gpu_env(launched).items():
+        monkeypatch.setenv(name, value)
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert (os.environ.get("ACCELERATE_USE_FSDP") == "true") == launched.use_fsdp == bool(fsdp)
+    if fsdp:
+        plugin = FullyShardedDataParallelPlugin()
+        assert fsdp == {
+            "fsdp_version": plugin.fsdp_version,
+            "fsdp_auto_wrap_policy": {transformer_auto_wrap_policy: "TRANSFORMER_BASED_WRAP"}[plugin.auto_wrap_policy],
+            "fsdp_reshard_after_forward": plugin.reshard_after_forward,
+            "fsdp_state_dict_type": plugin.state_dict_type.name,
+            "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
+            "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+            "fsdp_activation_checkpointing": plugin.activation_checkpointing,
+        }
+
+
+def test_two_launchers_meet_as_two_machines_would(small):
     config = small(max_steps=2)
-    file = ROOT / "accelerate_configs" / "fsdp_multinode.yaml"
-    common = [
-        "--config_file",
-        str(file),
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "29611",
-        "--mixed_precision",
-        "no",
-    ]
+    file = str(ROOT / "accelerate_configs" / "fsdp_multinode.yaml")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "2",
+                "--main_process_port", str(free_port()), "--mixed_precision", "no"]  # fmt: skip
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "accelerate.commands.launch", *common, "--machine_rank", str(rank),
-             "-m", "kdkit.train", *arguments(config)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*launcher, "--machine_rank", str(rank), "-m", "kdkit.train", *arguments(config)],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    printed = [process.communicate(timeout=LIMIT)[0] for process in started]
+    try:
+        printed = [process.communicate(timeout=LIMIT)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert [process.returncode for process in started] == [0, 0], "\n".join(printed)
     assert "x 2 ranks" in printed[0] and "sharded over 2 ranks" in printed[0]

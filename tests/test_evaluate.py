@@ -4,13 +4,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import student_with_dropout
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdkit.config import UsageError
 from kdkit.data import collate, load_rows
 from kdkit.evaluate import compare, describe_start, evaluate, main
 from kdkit.losses import IGNORE_INDEX, forward_kl, reverse_kl, total_variation
-from kdkit.models import ASSETS, load_teacher, load_tokenizer
+from kdkit.models import ASSETS, BodyAndHead, load_teacher, load_tokenizer
 from kdkit.train import train
 
 
@@ -85,13 +86,25 @@ def test_the_teacher_agrees_with_itself(setting):
     assert metrics["eval/ce_loss"] == metrics["eval/teacher_ce_loss"]
 
 
-def test_evaluation_leaves_the_mode_and_the_random_numbers_alone(setting):
-    config, rows, student, teacher = setting
-    student.train()
-    before = torch.get_rng_state()
-    evaluate(student, teacher, rows, config, pad_token_id=2)
-    assert student.training and not teacher.training
+@pytest.mark.parametrize("wrap", [lambda model: model, BodyAndHead], ids=["model", "wrapped"])
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_of_a_student_with_dropout_is_in_eval_mode_and_leaves_the_mode_as_it_was(
+    setting, tmp_path, wrap, training
+):
+    config, rows, _, teacher = setting
+    student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(student_with_dropout(tmp_path / "student")))
+    with torch.no_grad():
+        student.train(), torch.manual_seed(0)
+        batch = collate(rows[:2], 2)
+        losses = [student(batch["input_ids"]).logits.sum() for _ in range(2)]
+    assert losses[0] != losses[1]  # there is dropout, so that the test can fail
+    student, before = wrap(student.train(training)), torch.get_rng_state()
+    results = [evaluate(student, wrap(teacher), rows, config, pad_token_id=2) for _ in range(2)]
+    assert results[0] == results[1]
     assert torch.equal(torch.get_rng_state(), before)
+    assert {module.training for module in student.modules()} == {training}
+    assert not any(module.training for module in teacher.modules())
+    assert results[0] == evaluate(student.eval(), teacher, rows, config, pad_token_id=2)
 
 
 def test_rows_without_a_label_change_nothing(setting):

@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kdkit.data import collate
+from kdkit.fused import fused_kd_loss
 from kdkit.losses import (
     DIVERGENCES,
     TopK,
+    dense_kd_loss,
     forward_kl,
     in_buckets,
     jsd,
@@ -215,10 +218,16 @@ def test_masked_tokens_are_not_read(alpha):
     assert z.grad.isfinite().all()
 
 
-def test_a_label_that_equals_the_pad_token_is_learnt():
-    """Only -100 masks: with pad == eos a mask by id would never teach the model to stop."""
-    z, t, labels = random_batch(vocab=3)
-    assert kd_loss(z, t, labels, alpha=0.5, temperature=1.0).num_items == (labels != -100).sum()
+@pytest.mark.parametrize("pad_token_id", range(3))
+def test_label_equal_to_the_pad_token_is_learned_and_padding_is_not(pad_token_id):
+    """Padding is masked by position. With pad == eos, a mask by id would never teach the model to stop."""
+    labels = ([0, 2, 1], [1, 0], [2])  # each id ends a row once
+    rows = [{"input_ids": [0] * len(x), "labels": x, "position_ids": list(range(len(x)))} for x in labels]
+    z, t, _ = random_batch(batch=3, seq=3, vocab=3)
+    z.requires_grad_()
+    kd_loss(z, t, collate(rows, pad_token_id)["labels"], alpha=1.0, temperature=1.0).loss.backward()
+    expected = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]).bool()
+    assert torch.equal(z.grad.abs().sum(-1) > 0, expected)
 
 
 def test_no_valid_token_is_a_zero_that_keeps_its_graph():
@@ -251,6 +260,38 @@ def test_alpha_one_does_not_read_the_teacher():
         got = kd_loss(z, teacher, labels, alpha=1.0, temperature=2.0)
         torch.testing.assert_close(got.loss, expected)
         assert got.kl_loss == 0
+
+
+@pytest.mark.parametrize("loss_function", [dense_kd_loss, fused_kd_loss])
+def test_alpha_one_with_a_wider_student_has_its_cross_entropy_over_the_shared_entries(loss_function):
+    hidden, labels = randn(6, 4), torch.tensor([0, 3, -100, 6, 2, 1])
+    student_head, teacher_head = randn(12, 4, seed=1).requires_grad_(), randn(7, 4, seed=2)
+    got = loss_function(hidden, student_head, hidden, teacher_head, labels, alpha=1.0, temperature=2.0)
+    got.loss.backward()
+    expected = F.cross_entropy(hidden @ student_head[:7].T, labels)
+    torch.testing.assert_close(got.loss, expected)
+    torch.testing.assert_close(got.ce_loss, expected.detach())
+    assert student_head.grad[7:].abs().max() == 0 < student_head.grad[:7].abs().max()
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("loss_function", [dense_kd_loss, fused_kd_loss])
+def test_float64_inside_autocast_stays_float64(loss_function, name, alpha):
+    """The same loss and gradients as without autocast, to float64's precision; from logits and from top-k targets."""
+    labels = torch.tensor([0, 3, -100, 6, 2, 1])
+    whole = randn(6, 5, seed=3), randn(9, 5, seed=4)
+    for teacher in (whole, (top_k(whole[0] @ whole[1].T, 4, 2.0), None)):
+        results = []
+        for enabled in (False, True):
+            hidden, head = randn(6, 4).requires_grad_(), randn(9, 4, seed=1).requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                got = loss_function(hidden, head, *teacher, labels, alpha=alpha, temperature=2.0, divergence=name)
+            got.loss.backward()
+            results.append([got.loss, got.ce_loss, got.kl_loss, hidden.grad, head.grad])
+        for value, expected in zip(*results, strict=True):
+            assert value.dtype == torch.float64
+            torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_half_precision_logits_are_summed_in_fp32():

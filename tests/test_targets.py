@@ -1,6 +1,5 @@
 """Stored targets: a run from them is the run with the teacher, and nothing else is taken for them."""
 
-import signal
 import subprocess
 import sys
 import time
@@ -9,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import LIMIT, environment, run_processes
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_devices import LIMIT, arguments, assert_same_run, command
+from test_devices import arguments, assert_same_run, command
 
 import kdkit.targets
 from kdkit.config import UsageError
@@ -116,22 +116,19 @@ def test_rows_are_read_in_any_order(stored, tmp_path):
 # --- nothing else is taken for them --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
+def test_another_setting_is_refused_by_name(stored):
+    config = stored(targets="top_k", top_k=8)
+    for fields, named in (
         (dict(max_length=32), "max_length was 64, is 32"),
         (dict(packing=False), "packing was True, is False"),
         (dict(max_train_tokens=2000), "max_train_tokens was 3000, is 2000"),
         (dict(temperature=2.0), "temperature was 1.0, is 2.0"),
         (dict(top_k=4), "top_k was 8, is 4"),
         (dict(targets="hidden"), "targets was 'top_k', is 'hidden'"),
-    ],
-)
-def test_another_setting_is_refused_by_name(stored, fields, named):
-    config = stored(targets="top_k", top_k=8)
-    for refused in (train, store):
-        with pytest.raises(UsageError, match=named):
-            refused(replace(config, **fields))
+    ):
+        for refused in (train, store):
+            with pytest.raises(UsageError, match=f"made for something else: {named}"):
+                refused(replace(config, **fields))
 
 
 def test_another_precision_is_refused(stored, monkeypatch):
@@ -199,7 +196,8 @@ def test_what_cannot_be_stored(small, tmp_path, monkeypatch, capsys):
 
 
 def files(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(folder).glob("*.safetensors")}
+    """The finished files of a folder that nobody writes to."""
+    return {path.name: path.read_bytes() for path in Path(folder).glob("[!.]*.safetensors")}
 
 
 def test_what_is_missing_or_damaged_is_noticed_and_made_again(stored):
@@ -218,20 +216,23 @@ def test_what_is_missing_or_damaged_is_noticed_and_made_again(stored):
         train(config)
 
 
-def test_killed_and_started_again(stored, small, tmp_path):
+def test_targets_killed_and_started_again_are_those_of_an_uncut_run(stored, tmp_path):
     """SIGKILL as soon as there are two files: the next run makes the others, and all are as if nothing had been."""
     config = stored(max_train_tokens=20000, batch_size=1)
     killed = replace(config, targets_dir=str(tmp_path / "killed"))
     program = "import kdkit.targets, sys; kdkit.targets.PART_BYTES = 2**19; kdkit.targets.main(sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", program, *arguments(killed)])
-    deadline = time.monotonic() + LIMIT
-    while len(files(killed.targets_dir)) < 3 and time.monotonic() < deadline:  # the head is one of them
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 3 <= len(files(killed.targets_dir)) < len(files(config.targets_dir))
+    process = subprocess.Popen([sys.executable, "-c", program, *arguments(killed)], env=environment())
+    try:
+        deadline = time.monotonic() + LIMIT
+        while len(list(Path(killed.targets_dir).glob("train-*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+    finally:
+        process.kill()
+        process.wait()  # nothing is read before it is dead
+    whole = files(config.targets_dir)
+    assert 2 <= len(files(killed.targets_dir)) < len(whole)
     store(killed)
-    assert files(killed.targets_dir) == files(config.targets_dir)
+    assert files(killed.targets_dir) == whole
     assert not list(Path(killed.targets_dir).glob(".writing*"))
 
 
@@ -244,7 +245,7 @@ def test_two_ranks_make_the_same_files(stored, tmp_path, kind):
         "import kdkit.targets, sys\nkdkit.targets.PART_BYTES = 2**19\nkdkit.targets.main(sys.argv[1:])\n"
     )
     for what in ([str(program)], ["-m", "kdkit.train"])[: 2 if kind == "fsdp" else 1]:
-        run = subprocess.run(command(kind, *what, *arguments(theirs)), capture_output=True, text=True, timeout=LIMIT)
+        run = run_processes(command(kind, *what, *arguments(theirs)))
         assert run.returncode == 0, run.stdout + run.stderr
     assert files(theirs.targets_dir).keys() == files(config.targets_dir).keys()
     for name in files(config.targets_dir):

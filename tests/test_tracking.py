@@ -42,7 +42,7 @@ def offline_records(folder: Path):
             record = b""
 
 
-def test_every_line_has_the_keys(small):
+def test_metrics_of_a_run_have_every_key(small):
     config = small(max_steps=4, eval_steps=2, logging_steps=2)
     history = train(config)
     lines = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
@@ -53,8 +53,19 @@ def test_every_line_has_the_keys(small):
     assert [line["eval/step"] for line in eval_lines] == [0, 2, 4]
     assert all(line.keys() == {f"train/{key}" for key in TRAIN_KEYS} for line in train_lines)
     assert all(line.keys() == {f"eval/{key}" for key in EVAL_KEYS} for line in eval_lines)
-    losses = [line["eval/loss"] for line in eval_lines]
-    assert [line["eval/min_loss"] for line in eval_lines] == [min(losses[: i + 1]) for i in range(3)]
+
+
+def test_min_loss_when_the_loss_rises_stays_the_least_so_far_on_resume_too(small):
+    config, least = small(), []
+    Path(config.output_dir).mkdir()
+    for start, losses in ((0, [3.0, 1.0, 2.0]), (2, [1.5, 0.5, 4.0])):  # the evaluation after step 2 is kept
+        tracker = Tracker(config, step=start)
+        for step, loss in enumerate(losses, start=start + (start > 0)):
+            tracker.log_evaluation({"eval/loss": loss}, step=step, epoch=0.0)
+        tracker.finish()
+        least.append([event["eval/min_loss"] for event in tracker.history])
+    assert least == [[3.0, 1.0, 1.0], [3.0, 1.0, 1.0, 1.0, 0.5, 0.5]]
+    assert [event["eval/min_loss"] for event in read_metrics(Path(config.output_dir) / "metrics.jsonl")] == least[1]
 
 
 def test_the_real_client_writes_the_same_offline(small, capsys):

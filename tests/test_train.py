@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from nbdev.export import nb_export
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdkit import load_config
@@ -101,6 +102,28 @@ def test_alpha_1_is_plain_fine_tuning(small):
         assert event["train/kl_loss"] == 0
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_alpha_1_with_a_wider_student_learns_the_shared_vocabulary_alone(small, tmp_path, fused):
+    """Rows of the student's head that belong to no token are in no softmax, whatever they hold."""
+    folder = shutil.copytree(ASSETS / "embedded_student", tmp_path / "student")
+    settings = json.loads((folder / "config.json").read_text())
+    torch.manual_seed(0)
+    narrow = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    wide = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, vocab_size=settings["vocab_size"] + 8))
+    state = wide.state_dict()
+    for name, value in narrow.state_dict().items():
+        state[name][: len(value)] = value
+    state["lm_head.weight"][-8:] = 1.0
+    losses = []
+    for name, model in (("narrow", narrow), ("wide", wide)):
+        model.save_pretrained(tmp_path / name)
+        load_tokenizer(small()).save_pretrained(tmp_path / name)
+        fields = dict(student_model=str(tmp_path / name), output_dir=str(tmp_path / f"run_{name}"))
+        losses.append(training(train(small(alpha=1.0, fused_loss=fused, max_steps=2, **fields))))
+    for one, other in zip(*losses, strict=True):
+        assert other["train/loss"] == pytest.approx(one["train/loss"], rel=1e-6)
+
+
 def test_alpha_1_does_not_run_the_teacher(small, monkeypatch):
     monkeypatch.setattr(train_module.targets, "of", lambda teacher: pytest.fail("the teacher is run"))
     train(small(alpha=1.0, max_steps=2))
@@ -128,9 +151,38 @@ def test_the_student_comes_nearer_to_the_teacher(small):
     assert last["eval/teacher_ce_loss"] == pytest.approx(first["eval/teacher_ce_loss"], rel=1e-6)
 
 
-def test_the_gradient_norm_is_that_before_clipping(small):
-    config = small(max_grad_norm=1e-3, max_steps=2)
-    assert all(event["train/grad_norm"] > 1e-2 for event in training(train(config)))
+@pytest.fixture
+def gradients_of(small):
+    """Makes a run of one step: the gradients as the optimizer gets them, and the norm that is logged."""
+
+    def run(**fields):
+        seen = []
+
+        def look(optimizer, *_):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            seen.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+
+        hook = register_optimizer_step_pre_hook(look)
+        try:
+            (event,) = training(train(small(max_steps=1, resume="never", **fields)))
+        finally:
+            hook.remove()
+        (gradient,) = seen
+        return gradient.double(), event["train/grad_norm"]
+
+    return run
+
+
+def test_gradient_below_max_grad_norm_is_left_as_it_is_and_above_is_scaled_to_it(gradients_of):
+    gradient, norm = gradients_of(max_grad_norm=float("inf"))
+    assert gradient.norm().item() == pytest.approx(norm, rel=1e-6) and norm > 0.1
+    for max_norm in (1.01 * norm, 100 * norm):
+        left, logged = gradients_of(max_grad_norm=max_norm)
+        assert torch.equal(left, gradient) and logged == norm
+    for max_norm in (0.99 * norm, 0.01 * norm):
+        scaled, logged = gradients_of(max_grad_norm=max_norm)
+        assert logged == norm  # that before clipping
+        torch.testing.assert_close(scaled, gradient * (max_norm / norm), rtol=1e-4, atol=0)
 
 
 def test_a_student_of_the_teachers_layers_starts_near(small):
@@ -155,6 +207,22 @@ def test_decay_is_on_matrices_only():
     decayed, free = make_optimizer(model, DistillConfig(weight_decay=0.5)).param_groups
     assert decayed["weight_decay"] == 0.5 and [p.ndim for p in decayed["params"]] == [2]
     assert free["weight_decay"] == 0 and all(p.ndim == 1 for p in free["params"])
+
+
+def test_weight_decay_in_a_run_shrinks_matrices_and_nothing_else(small):
+    """Two students that start from the teacher's first layer, a step with and without decay."""
+    start, ends, rate, decay = load_teacher(dtype=torch.float32).state_dict(), [], 2e-3, 0.5
+    for value in (0.0, decay):
+        config = small(student_layers=[0], max_steps=1, learning_rate=rate, weight_decay=value, resume="never")
+        train(config)
+        ends.append(AutoModelForCausalLM.from_pretrained(Path(config.output_dir) / "final"))
+    ndims = set()
+    for (name, without), (_, with_decay) in zip(*(end.named_parameters() for end in ends), strict=True):
+        shrunk = start[name] * rate * decay if without.ndim >= 2 else torch.zeros_like(without)
+        torch.testing.assert_close(without - with_decay, shrunk, rtol=0, atol=1e-6)
+        assert without.ndim < 2 or shrunk.abs().max() > 1e-5
+        ndims.add(without.ndim)
+    assert ndims == {1, 2}
 
 
 def test_bf16_is_the_default_and_accelerate_has_the_last_word(monkeypatch):

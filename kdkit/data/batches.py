@@ -23,6 +23,7 @@ from kdkit.config import DistillConfig, UsageError
 from kdkit.data.chat import check_chat_template, make_rows, up_to
 from kdkit.data.sources import Document, Source, documents_of, embedded_documents, open_source, split_documents
 from kdkit.losses import IGNORE_INDEX
+from kdkit.running.files import sync, write_text
 from kdkit.running.hub import explain
 
 # What the rows of a run depend on, but for the tokenizer.
@@ -253,8 +254,10 @@ def cached_rows(file: Path, make: Callable[[], Iterable[dict]], counts: Counter,
                     rows = iter(make())
                     while batch := list(itertools.islice(rows, 1000)):
                         stream.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-                file.with_suffix(".json").write_text(json.dumps(counts))
+                write_text(file.with_suffix(".json"), json.dumps(counts))
+                sync(aside)
                 os.replace(aside, file)
+                sync(file.parent)
     except OSError as error:
         raise explain("the cache of", name, error, f"{file.parent} has to be writable") from error
     return MappedRows(file)

@@ -14,7 +14,6 @@ from torch import nn
 from kdkit.config import DistillConfig, UsageError
 from kdkit.running.hub import explain, loading_errors, split_revision
 
-
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
@@ -29,6 +28,7 @@ class BodyAndHead(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.training = model.training  # a new module is in train mode, whatever it holds
         self._no_split_modules = model._no_split_modules  # FSDP's units: the decoder layers
 
     def tie_weights(self) -> None:
