@@ -1,0 +1,18 @@
+"""The two models: load them, and check that they fit each other."""
+# ruff: noqa: F401
+
+from kdkit.models.load import (
+    ASSETS,
+    BodyAndHead,
+    check_models,
+    count_parameters,
+    load_student,
+    load_student_config,
+    load_teacher,
+    load_tokenizer,
+    student_from_layers,
+    teacher_dtype,
+    teacher_folder,
+    wrap,
+)
+from kdkit.models.pair import Pair, check_head, check_pair
