@@ -56,9 +56,7 @@ class OnlineTeacher(BodyAndHead):
         elif several:
             self._shard(offload, pin_memory=device.type == "cuda")
         elif device.type != "cpu":
-            # The head stays on the device: a layer is fetched when its forward is called, and the head's never is.
-            self.model.get_output_embeddings().to(device)
-            cpu_offload(self.model.base_model, device)
+            self._offload(device)
         if from_rank_0:
             self._receive_parameters(weights, offload)
 
@@ -86,6 +84,11 @@ class OnlineTeacher(BodyAndHead):
         layers = [module for module in self.modules() if type(module).__name__ in (self._no_split_modules or [])]
         for module in [*layers, self]:
             fully_shard(module, offload_policy=policy)
+
+    def _offload(self, device: torch.device) -> None:
+        # Hooks fetch a layer when its forward is called. The head's never is: it stays on the device.
+        self.model.get_output_embeddings().to(device)
+        cpu_offload(self.model.base_model, device)
 
     def _replace_parameters(self, device: torch.device) -> None:
         """Replace all parameters by empty ones. Buffers stay: each rank has computed them."""
