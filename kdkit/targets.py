@@ -131,22 +131,22 @@ def _prepare_folder(folder: Path, made_for: dict, layout: dict, splits: dict[str
 
 def _store_split(split: SplitFiles, rows, teacher, config, vocab_size, pad_token_id: int, accelerator) -> None:
     """Store the missing files, each on one rank. All ranks call the teacher equally often, since it may be sharded."""
-    rank, num_ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
     missing = list(split.faults())
     accelerator.wait_for_everyone()  # before any rank writes a file, all must have looked for missing ones
-    progress = tqdm(total=len(missing), desc=f"store {split.split}", unit="file", disable=not accelerator.is_main_process)
+    is_main = accelerator.is_main_process
+    progress = tqdm(total=len(missing), desc=f"store {split.split}", unit="file", disable=not is_main)
     for first in range(0, len(missing), num_ranks):
         now = missing[first : first + num_ranks]
         mine = [rows[index] for index in split.rows[now[rank]]] if rank < len(now) else []
         kept = []
         for start in range(0, len(split.rows[now[0]]), config.batch_size):
             batch = collate(mine[start : start + config.batch_size] or [empty_row(pad_token_id)], pad_token_id)
-            batch = send_to_device(batch, device)
+            batch = send_to_device(batch, accelerator.device)
             hidden, head = teacher(batch)
             hidden = hidden[batch["labels"] != IGNORE_INDEX]  # (N, H)
-            kept.append(
-                {"hidden": hidden.cpu()} if "hidden" in split.tensors else _select(hidden, head[:vocab_size], config)
-            )
+            most_likely = "ids" in split.tensors
+            kept.append(_select(hidden, head[:vocab_size], config) if most_likely else {"hidden": hidden.cpu()})
         if mine:
             dtypes = {key: getattr(torch, dtype) for key, (_, dtype) in split.tensors.items()}
             tensors = {key: torch.cat([x[key] for x in kept]).to(dtype) for key, dtype in dtypes.items()}

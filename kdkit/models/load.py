@@ -78,8 +78,7 @@ class BodyAndHead(nn.Module):
         names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
         settings = {name: getattr(self.model.config, name, None) for name in names}
         found = [f"{name} = {value}" for name, value in settings.items() if value]
-        if getattr(head, "bias", None) is not None:
-            found.append("a bias in the head")
+        found += ["a bias in the head"] if getattr(head, "bias", None) is not None else []
         return ", ".join(found) or "an unknown step"
 
 
@@ -106,11 +105,11 @@ def locate(name: str, role: str) -> tuple[str, str]:
         return str(ASSETS / f"embedded_{role}"), "main"
     hub_id, revision = split_revision(name)
     path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(
+            f"{role}_model {name} is a folder without a config.json: give a folder that save_pretrained wrote"
+        )
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(
-                f"{role}_model {name} is a folder without a config.json: give a folder that save_pretrained wrote"
-            )
         return str(path), revision
     if path.is_absolute() or name.startswith((".", "~")) or hub_id.count("/") > 1:
         raise UsageError(f"{role}_model {name} does not exist: give a model folder, a hub id, or embedded")
@@ -137,7 +136,7 @@ def load_pretrained(auto_class, name: str, role: str, config: DistillConfig, **o
 
 
 def load_model(name: str, role: str, config: DistillConfig, dtype: torch.dtype) -> nn.Module:
-    """Load a causal language model with its weights; safetensors only, since other formats can run code when read."""
+    """Load a causal language model and its weights: from safetensors only, as other formats can run code when read."""
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": dtype, "use_safetensors": True, "attn_implementation": config.attn_implementation}
@@ -169,7 +168,7 @@ def check_models(config: DistillConfig) -> None:
             )
         for file in files:
             try:
-                safe_open(file, framework="pt").__enter__()
+                safe_open(file, framework="pt").__enter__()  # reads the header, which gives the size
             except (SafetensorError, OSError) as error:
                 raise UsageError(
                     f"{role}_model {name}: {file.name} is truncated or not a safetensors file ({error}): "
@@ -233,8 +232,7 @@ def load_teacher(
         UsageError: the model could not be loaded.
     """
     config = config or DistillConfig()
-    if config.teacher_dtype != "auto":
-        dtype = getattr(torch, config.teacher_dtype)
+    dtype = dtype if config.teacher_dtype == "auto" else getattr(torch, config.teacher_dtype)
     return load_model(name, "teacher", config, dtype).requires_grad_(False).eval()
 
 
@@ -276,15 +274,13 @@ def student_from_layers(teacher: nn.Module, layers: list[int] | int) -> nn.Modul
     Raises:
         UsageError: the teacher does not have these layers, or there are none.
     """
-    depth = teacher.config.num_hidden_layers
+    depth, given = teacher.config.num_hidden_layers, layers
     if isinstance(layers, int):
-        count = layers
-        if not 1 <= count <= depth:
-            raise UsageError(f"student_layers is {count}, expected 1 to {depth}, the layers of the teacher")
-        layers = [round(i * (depth - 1) / max(count - 1, 1)) for i in range(count)]
+        layers = [round(i * (depth - 1) / max(layers - 1, 1)) for i in range(layers)]
     if not layers or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= depth:
         raise UsageError(
-            f"student_layers is {layers}, expected rising indices from 0 to {depth - 1}, the layers of the teacher"
+            f"student_layers is {given}, and the teacher has {depth} layers: give a number from 1 to {depth}, or "
+            f"rising indices from 0 to {depth - 1}"
         )
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = len(layers)

@@ -26,9 +26,8 @@ def check_pair(config: DistillConfig, teacher, student, tokenizer) -> Pair:
     """Check that the divergence between these two models is meaningful.
 
     Both models must give each token the same id: the maps from tokens to ids are compared, not their sizes. Heads may
-    be padded to different numbers of rows; both are cut to the smaller number. A head must be a plain product,
-    hidden @ head^T. Rows must fit into the contexts of both models. Different special tokens and chat templates are
-    allowed, and reported.
+    be padded to different numbers of rows; both are cut to the smaller number. Different special tokens and chat
+    templates are allowed, and reported.
 
     Args:
         teacher, student: transformers models, or a teacher of `kdkit.teachers` and a `BodyAndHead`.
@@ -41,7 +40,7 @@ def check_pair(config: DistillConfig, teacher, student, tokenizer) -> Pair:
     from transformers import AutoTokenizer
 
     other = tokenizer
-    if config.student_layers is None and not config.student_random_init and config.student_model != "embedded":
+    if config.student_layers is None and config.student_is_pretrained:
         other = load_pretrained(AutoTokenizer, config.student_model, "student", config)
         _check_same_ids(config, tokenizer.get_vocab(), other.get_vocab())
     models = {"teacher": wrap(teacher), "student": wrap(student)}

@@ -20,11 +20,6 @@ from kdkit.teachers.stored import SplitFiles, StoredTeacher, check_made_for, des
 def open_teacher(config, mixed_precision: str, tokenizer, train_rows, eval_rows) -> OnlineTeacher | StoredTeacher:
     """Load the teacher of a run, or open its stored targets, as the field `targets` says.
 
-    Args:
-        config: the run's.
-        mixed_precision: accelerate's.
-        tokenizer, train_rows, eval_rows: the run's; stored targets must have been made for the same ones.
-
     Raises:
         UsageError: there is no such model; or the stored targets are missing, incomplete or made for something else.
     """

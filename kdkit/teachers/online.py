@@ -36,6 +36,7 @@ class OnlineTeacher(BodyAndHead):
         Raises:
             UsageError: `shard` with one process.
         """
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
         from transformers.integrations import is_fsdp_enabled
 
         several, reason = accelerator.num_processes > 1, "as set"
@@ -47,7 +48,7 @@ class OnlineTeacher(BodyAndHead):
         self.placement = f"{words.get(placement, 'in CPU memory')} ({placement}, {reason})"
 
         device, offload = accelerator.device, placement == "offload"
-        from_rank_0 = bool(is_fsdp_enabled())  # then transformers left the parameters of the other ranks empty
+        from_rank_0 = bool(is_fsdp_enabled())  # then transformers may leave the parameters of the others empty
         weights = self.state_dict() if from_rank_0 and accelerator.is_main_process else {}
         if from_rank_0:
             self._replace_parameters(device if placement == "replicate" else torch.device("meta"))
@@ -58,7 +59,11 @@ class OnlineTeacher(BodyAndHead):
         elif device.type != "cpu":
             self._offload(device)
         if from_rank_0:
-            self._receive_parameters(weights, offload)
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")
+                set_model_state_dict(self, weights, options=options)
+            self.tie_weights()
 
     def _choose(self, accelerator: Accelerator) -> tuple[str, str]:
         if accelerator.distributed_type == DistributedType.FSDP:
@@ -96,13 +101,4 @@ class OnlineTeacher(BodyAndHead):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device), False)
-        self.tie_weights()
-
-    def _receive_parameters(self, weights: dict[str, Tensor], offload: bool) -> None:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")
-            set_model_state_dict(self, weights, options=options)
         self.tie_weights()

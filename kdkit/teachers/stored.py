@@ -27,6 +27,7 @@ from kdkit.data import loss_tokens, rows_digest
 from kdkit.losses import IGNORE_INDEX, TopK
 from kdkit.models import load_student_config, load_teacher, teacher_folder
 
+DATA_FIELDS = [field.name for field in dataclasses.fields(DataFields) if not field.metadata.get("may_change")]
 SAMPLES, SAMPLE_BYTES = 256, 2**16  # what is read of each file of weights for the fingerprint of a teacher
 
 
@@ -50,13 +51,10 @@ class StoredTeacher:
         self.head = load_file(self.folder / "head.safetensors")["head"]  # (V, H)
 
     def __call__(self, batch: dict) -> tuple[Tensor | TopK, Tensor | None]:
-        """Return (hidden (B, S, H), head (V, H)) or (TopK, None) for the rows in `row_ids`; 0 where there is no label.
-
-        A batch without rows is padding: its hidden states serve training and evaluation alike.
-        """
+        """Return (hidden (B, S, H), head (V, H)) or (TopK, None) for the rows in `row_ids`; 0 outside the loss."""
         labels, rows = batch["labels"], batch["row_ids"]
-        training = bool(rows) and rows[0] >= 0
-        stored = self.train.read(rows) if training else self.eval.read([-1 - row for row in rows])
+        held_out = not rows or rows[0] < 0  # also for padding without a row: the loss and the metrics take both forms
+        stored = self.eval.read([-1 - row for row in rows]) if held_out else self.train.read(rows)
         outputs = {}
         for key, values in stored.items():  # (N, ...) -> (B, S, ...)
             outputs[key] = torch.zeros(*labels.shape, *values.shape[1:], dtype=values.dtype, device=labels.device)
@@ -125,9 +123,9 @@ class SplitFiles:
         if faults := self.faults():
             file, fault = next(iter(faults.items()))
             raise UsageError(
-                f"{self.paths[file].parent} is not complete: {len(faults)} of {len(self.paths)} files of the {self.split} "
-                f"rows are missing or damaged; {self.paths[file].name} {fault}. Run python -m kdkit.targets again with "
-                "the same arguments: it makes only these files"
+                f"{self.paths[file].parent} is not complete: {len(faults)} of {len(self.paths)} {self.split} files are "
+                f"missing or damaged; {self.paths[file].name} {fault}. Run python -m kdkit.targets again with the same "
+                "arguments: it makes only these files"
             )
 
     def read(self, rows: list[int]) -> dict[str, Tensor]:
@@ -156,14 +154,14 @@ def describe_made_for(config, tokenizer, train_rows, eval_rows, dtype: torch.dty
         "teacher_model": teacher_fingerprint(config),
         "tokenizer": hashlib.sha256(vocabulary).hexdigest()[:16],
         "dtype": str(dtype).removeprefix("torch."),
-        **{name: getattr(config, name) for name in _data_fields()},
+        **{name: getattr(config, name) for name in DATA_FIELDS},
         "training text": rows_digest(train_rows),
         "held-out text": rows_digest(eval_rows),
     }
     if config.targets == "top_k":  # of the entries that both heads have; the student is not loaded here
         student_rows = load_student_config(config).vocab_size if config.student_layers is None else head_rows
-        made_for |= {name: getattr(config, name) for name in ("top_k", "temperature")}
-        made_for["vocab_size"] = min(head_rows, student_rows)
+        vocab_size = min(head_rows, student_rows)
+        made_for |= {"top_k": config.top_k, "temperature": config.temperature, "vocab_size": vocab_size}
     return made_for
 
 
@@ -172,7 +170,7 @@ def check_made_for(folder: Path, made_for: dict, now: dict) -> None:
     names = [name for name in {**made_for, **now} if made_for.get(name) != now.get(name)]
     if now["teacher_model"] is None:  # the teacher's weights are not on this machine, and are not needed
         names = [name for name in names if name != "teacher_model"]
-    if set(names) & set(_data_fields()):  # a different text follows from a different field
+    if set(names) & set(DATA_FIELDS):  # a different text follows from a different field
         names = [name for name in names if name not in ("training text", "held-out text")]
     if names:
         differing = "; ".join(f"{name} was {made_for.get(name)!r}, is {now.get(name)!r}" for name in names)
@@ -182,18 +180,13 @@ def check_made_for(folder: Path, made_for: dict, now: dict) -> None:
         )
 
 
-def _data_fields() -> list[str]:
-    return [field.name for field in dataclasses.fields(DataFields) if not field.metadata.get("may_change")]
-
-
 def teacher_fingerprint(config: DistillConfig) -> str | None:
     """Hash the teacher's config.json and samples of its weights; None if they are not on this machine.
 
     Files up to 16 MiB are read completely. Samples suffice for larger ones, since training changes all weights.
     """
     folder = teacher_folder(config)
-    paths = [] if folder is None else sorted(folder.glob("*.safetensors"))
-    if not paths:
+    if folder is None or not (paths := sorted(folder.glob("*.safetensors"))):
         return None
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in paths:
