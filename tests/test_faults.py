@@ -46,7 +46,7 @@ def break_model(monkeypatch, name, load, switch, token=None, value=NAN):
         model.base_model.register_forward_hook(spoil, with_kwargs=True)
         return model
 
-    monkeypatch.setattr(f"kdkit.train.{name}", broken)
+    monkeypatch.setattr(name if "." in name else f"kdkit.train.{name}", broken)
 
 
 def aside(config):
