@@ -11,8 +11,8 @@ every student, so they can be computed once, in one of two forms:
 - `top_k`: the ids and log-probabilities of its K most likely tokens at one temperature, and the probability of all
   other tokens together: about 6 * K bytes per token. The divergence over these K + 1 buckets is a lower bound.
 
-Held-out text is always stored as hidden states, so that the evaluation is exact. `kdkit.teachers.stored` describes the
-files. Shapes: N tokens in the loss, H hidden size, V vocabulary, K top-k.
+Held-out text is always stored as hidden states, for an exact evaluation. `kdkit.teachers.stored` describes the files.
+Shapes: N tokens in the loss, H hidden size, V vocabulary, K top-k.
 """
 
 import json
@@ -145,8 +145,8 @@ def _store_split(split: SplitFiles, rows, teacher, config, vocab_size, pad_token
             batch = send_to_device(batch, accelerator.device)
             hidden, head = teacher(batch)
             hidden = hidden[batch["labels"] != IGNORE_INDEX]  # (N, H)
-            most_likely = "ids" in split.tensors
-            kept.append(_select(hidden, head[:vocab_size], config) if most_likely else {"hidden": hidden.cpu()})
+            hidden_only = "hidden" in split.tensors
+            kept.append({"hidden": hidden.cpu()} if hidden_only else _select(hidden, head[:vocab_size], config))
         if mine:
             dtypes = {key: getattr(torch, dtype) for key, (_, dtype) in split.tensors.items()}
             tensors = {key: torch.cat([x[key] for x in kept]).to(dtype) for key, dtype in dtypes.items()}

@@ -28,7 +28,7 @@ from kdkit.losses import IGNORE_INDEX, TopK
 from kdkit.models import load_student_config, load_teacher, teacher_folder
 
 DATA_FIELDS = [field.name for field in dataclasses.fields(DataFields) if not field.metadata.get("may_change")]
-SAMPLES, SAMPLE_BYTES = 256, 2**16  # what is read of each file of weights for the fingerprint of a teacher
+SAMPLES, SAMPLE_BYTES = 256, 2**16  # of each file of weights, for the fingerprint of a teacher
 
 
 class StoredTeacher:
@@ -201,11 +201,8 @@ def teacher_fingerprint(config: DistillConfig) -> str | None:
 
 def read_description(folder: Path) -> tuple[dict, dict]:
     """Return `made_for` and `layout` of targets.json."""
-    try:
-        content = json.loads((folder / "targets.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(
-            f"targets_dir {folder} has no targets (no targets.json): make them with python -m kdkit.targets and the "
-            "arguments of the run"
-        ) from None
+    path = folder / "targets.json"
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist: make targets with python -m kdkit.targets and the same arguments")
+    content = json.loads(path.read_text(encoding="utf-8"))
     return content["made_for"], content["layout"]
