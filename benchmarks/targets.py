@@ -1,8 +1,8 @@
-"""Stored targets against the teacher itself: how near top-k comes, what students make of it, and what is saved.
+"""Stored targets compared with the online teacher: the error of top-k, what students learn, and the time saved.
 
 python benchmarks/targets.py error                           # the loss and its gradient over buckets, embedded pair
 python benchmarks/targets.py error --model FOLDER --student_layers 25     # a real teacher, and a student of its layers
-python benchmarks/targets.py students --seeds 3              # what a student of the demo's recipe learns: ten minutes
+python benchmarks/targets.py students --seeds 3              # what a student of recipes/demo.yaml learns: ten minutes
 python benchmarks/targets.py cost                            # time and memory of three epochs, pair of SmolLM2's sizes
 """
 
@@ -54,7 +54,7 @@ def quiet_train(config: DistillConfig) -> list[dict]:
 
 
 def make_pair(args: argparse.Namespace, folder: str):
-    """A teacher and a student of it, and held-out rows: a real one's layers, or the embedded one trained a little."""
+    """Return a teacher and a student: cut from the layers of a real teacher, or the embedded one after some steps."""
     fields = dict(max_length=256, max_eval_tokens=args.tokens, use_wandb=False, output_dir=f"{folder}/run")
     if args.model:
         config = DistillConfig(teacher_model=args.model, student_layers=args.student_layers, **fields)
@@ -66,8 +66,8 @@ def make_pair(args: argparse.Namespace, folder: str):
 
 
 def error(args: argparse.Namespace) -> None:
-    """Over held-out tokens: KL over K + 1 buckets as a share of the full KL, and the gradient's relative error; beside
-    them the gradient of the K scaled up to 1, without a tail."""
+    """Print, over held-out tokens, the KL over K + 1 buckets as a fraction of the full KL, and the relative error of
+    the gradient; also of the gradient without a tail bucket, with the K probabilities scaled up to 1."""
     with tempfile.TemporaryDirectory() as folder:
         config, teacher, student = make_pair(args, folder)
         tokenizer = load_tokenizer(config)
@@ -90,9 +90,9 @@ def error(args: argparse.Namespace) -> None:
                 log_q = in_buckets(z.log_softmax(-1), ids)
                 kl[k] += (log_p.exp() * (log_p - log_q)).sum().item()
                 mass[k] += log_p[:, :-1].exp().sum().item()
-                # a tail token has its share of the tail's gradient
-                share = (log_p[:, -1:] - log_q[:, -1:]).exp()
-                estimate = q * (1 - share)
+                # the gradient of the tail bucket is spread over its tokens in proportion to q
+                ratio = (log_p[:, -1:] - log_q[:, -1:]).exp()
+                estimate = q * (1 - ratio)
                 estimate.scatter_(-1, ids, q.gather(-1, ids) - log_p[:, :-1].exp())
                 squares["tail"][k] += (estimate - (q - p)).square().sum().item()
                 scaled_up = torch.zeros_like(p).scatter_(-1, ids, log_p[:, :-1].softmax(-1))
@@ -114,7 +114,7 @@ def error(args: argparse.Namespace) -> None:
 
 
 def students(args: argparse.Namespace) -> None:
-    """The demo's recipe from targets of several kinds: what the student is worth, on all held-out text."""
+    """Train recipes/demo.yaml with targets of several kinds, and print the metrics on all held-out text."""
     kinds = {"top 8": ("top_k", 8), "top 64": ("top_k", 64), "hidden states": ("hidden", 64), "online": ("online", 64)}
     results: dict[str, list[dict]] = {name: [] for name in kinds}
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +143,8 @@ def students(args: argparse.Namespace) -> None:
 
 
 def make_models(folder: Path, student_layers: int) -> None:
-    """A teacher of SmolLM2-135M's sizes and a config of a student with fewer layers; random weights do for times."""
+    """Write a teacher of the size of SmolLM2-135M and a student config with fewer layers. Weights are random: only the
+    time is measured."""
     tokenizer = load_tokenizer(DistillConfig())
     for name, layers in (("teacher", 30), ("student", student_layers)):
         config = LlamaConfig(
@@ -178,7 +179,7 @@ def cost_child(folder: Path, targets: str, what: str, args: argparse.Namespace) 
 
 
 def cost(args: argparse.Namespace) -> None:
-    """Each in a process of its own. Ratios are of process time, within a round."""
+    """Measure storing and training, each in its own process. Ratios are of CPU time, within one round."""
     print(f"\nTeacher of 30 layers, {args.tokens:,} tokens, {args.epochs} epochs; {versions()}")
     for layers in args.layers:
         results: dict = {}
@@ -204,14 +205,14 @@ def cost(args: argparse.Namespace) -> None:
                 seconds(targets, "store") if targets != "online" else [0.0] * args.rounds,
                 seconds(targets, "train"),
             )
-            whole = [online / (a + b) for online, a, b in zip(seconds("online", "train"), stored, trained, strict=True)]
+            both = [online / (a + b) for online, a, b in zip(seconds("online", "train"), stored, trained, strict=True)]
             later = [online / b for online, b in zip(seconds("online", "train"), trained, strict=True)]
             size = 0 if targets == "online" else sum(
                 width * getattr(torch, dtype).itemsize for width, dtype in layouts[targets]["tensors"].values()
             )  # fmt: skip
             peak = max(result["peak_mib"] for result in results[targets, "train"])
             rows.append([targets, f"{statistics.median(stored):.0f} + {statistics.median(trained):.0f}",
-                         f"{statistics.median(whole):.2f} ({min(whole):.2f}-{max(whole):.2f})",
+                         f"{statistics.median(both):.2f} ({min(both):.2f}-{max(both):.2f})",
                          f"{statistics.median(later):.2f}", f"{size:,}", f"{peak:,.0f}"])  # fmt: skip
         table(["targets", "seconds, storing + training", "online takes, storing included", "and for the next student",
                "bytes a token", "peak memory of training, MiB"], rows)  # fmt: skip
@@ -221,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["error", "students", "cost"])
     parser.add_argument("--model", help="error: the folder of a teacher; by default the embedded one")
-    parser.add_argument("--student_layers", type=int, default=25, help="error: layers of that teacher the student has")
+    parser.add_argument("--student_layers", type=int, default=25, help="error: how many of its layers the student has")
     parser.add_argument("--steps", type=int, default=500, help="error, students: steps that a student is trained")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=8192, help="error: held-out tokens; cost: tokens of an epoch")

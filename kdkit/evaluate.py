@@ -22,7 +22,7 @@ from kdkit import plots
 from kdkit.config import DistillConfig, UsageError, read_config
 from kdkit.data import collate, empty_row, load_rows
 from kdkit.losses import DIVERGENCES, IGNORE_INDEX, forward_kl
-from kdkit.models import BodyAndHead, count_parameters, load_teacher, load_tokenizer
+from kdkit.models import count_parameters, load_teacher, load_tokenizer, wrap
 from kdkit.running.tracking import read_metrics
 
 CHUNK = 1024  # tokens whose logits exist at once
@@ -82,7 +82,7 @@ def evaluation_batches(
     for start in range(0, math.ceil(len(rows) / num_ranks), batch_size):
         indices = list(mine[start : start + batch_size])
         batch = collate([rows[index] for index in indices] or [empty_row(pad_token_id)], pad_token_id)
-        yield {**batch, "eval_rows": indices}
+        yield {**batch, "row_ids": [-1 - index for index in indices]}
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def evaluate(
         `eval/kl_t1` (KL(p || q) at T = 1), `eval/top1_agreement`, `eval/acceptance_rate` (the expected acceptance of
         the student as a draft model, Leviathan et al. 2023, arXiv:2211.17192), `eval/teacher_ce_loss`.
     """
-    student, teacher = (BodyAndHead(m) if hasattr(m, "get_output_embeddings") else m for m in (student, teacher))
+    student, teacher = wrap(student), wrap(teacher)
     device = accelerator.device if accelerator else next(student.parameters()).device
     was_training = student.training
     student.eval()
@@ -127,8 +127,7 @@ def evaluate(
     total = torch.zeros(7, dtype=torch.float64, device=device)
     for batch in evaluation_batches(rows, config.batch_size, pad_token_id, accelerator):
         batch = send_to_device(batch, device)
-        targets = teacher(batch, lambda hidden, head: (hidden, head))
-        total += student(batch, sums, *targets, batch["labels"])
+        total += student(batch, sums, *teacher(batch), batch["labels"])
     student.train(was_training)
     if accelerator:
         total = accelerator.reduce(total, "sum")

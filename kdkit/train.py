@@ -15,7 +15,7 @@ from accelerate.utils import send_to_device, set_seed
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from . import targets
+from .teachers import open_teacher
 from kdkit.running.checkpoint import (
     describe_resume,
     export,
@@ -26,7 +26,7 @@ from kdkit.running.checkpoint import (
 )
 from .config import DistillConfig, RunStopped, UsageError, load_config
 from .data import Steps, count_tokens, describe_rows, load_rows
-from .running.devices import clip_gradients, leave_processes, place_teacher, start_accelerator
+from .running.devices import clip_gradients, leave_processes, start_accelerator
 from .evaluate import describe_start, evaluate, evaluation_batches
 from .running.faults import stop_at_fault
 from .fused import fused_kd_loss
@@ -83,7 +83,7 @@ def describe(config, accelerator, teacher, student, pair, steps, eval_rows) -> s
     tokens, ranks = count_tokens(steps.rows), accelerator.num_processes
     tokens_per_step = tokens / len(steps.rows) * min(steps.rows_per_step, len(steps.rows))
     lines = [
-        f"teacher  {config.teacher_model}: {count_parameters(teacher) / 1e6:,.2f} M parameters, frozen",
+        f"teacher  {config.teacher_model}: {teacher.num_parameters / 1e6:,.2f} M parameters, frozen",
         f"student  {config.student_model}: {count_parameters(student) / 1e6:,.2f} M parameters, {start}",
         *(f"         {line}" for line in pair.report),
         f"{config.loss_formula}, in nats per token",
@@ -125,7 +125,7 @@ def train(config: DistillConfig, watch=None) -> list[dict]:
     tokenizer = load_tokenizer(config)
     train_rows, eval_rows = load_rows(config, tokenizer)
     steps = Steps(train_rows, config, tokenizer.pad_token_id, accelerator.process_index, accelerator.num_processes)
-    teacher = targets.open_teacher(config, accelerator.mixed_precision, tokenizer, train_rows, eval_rows)
+    teacher = open_teacher(config, accelerator.mixed_precision, tokenizer, train_rows, eval_rows)
     student = load_student(config, teacher)
     pair = check_pair(config, teacher, student, tokenizer)
     accelerator.wait_for_everyone()  # all have read what is in the folder
@@ -135,8 +135,8 @@ def train(config: DistillConfig, watch=None) -> list[dict]:
 
     optimizer = make_optimizer(student, config)
     student, optimizer = accelerator.prepare(BodyAndHead(student), optimizer)
-    teacher, place = place_teacher(teacher, config.teacher_placement, accelerator)
-    get_targets = targets.none() if config.alpha == 1 else targets.of(teacher)
+    teacher.place(accelerator, config.teacher_placement)
+    get_targets = teacher if config.alpha < 1 else lambda batch: (None, None)
     kd_loss = make_loss(config, pair.vocab_size)
     measure = partial(evaluate, student, teacher, eval_rows, config, pad_token_id=tokenizer.pad_token_id,
                       vocab_size=pair.vocab_size, accelerator=accelerator)  # fmt: skip
@@ -147,13 +147,13 @@ def train(config: DistillConfig, watch=None) -> list[dict]:
         metrics = measure()
         if not all(math.isfinite(value) for value in metrics.values()):
             batches = evaluation_batches(eval_rows, config.batch_size, tokenizer.pad_token_id, accelerator)
-            stop(targets.of(teacher), batches, step, "the evaluation")
+            stop(teacher, batches, step, "the evaluation")
         tracker.log_evaluation(metrics, step=step, epoch=step / steps.steps_per_epoch)
 
     set_seed(config.seed, device_specific=True)  # dropout differs between ranks
     start = load_checkpoint(accelerator, student, optimizer, checkpoint) if checkpoint else 0
     tracker = Tracker(config, step=start, enabled=is_main, watch=watch)
-    accelerator.print(f"teacher  {place}\n{tracker.where}{describe_resume(checkpoint, steps)}")
+    accelerator.print(f"teacher  {teacher.placement}\n{tracker.where}{describe_resume(checkpoint, steps)}")
     if start == 0:
         evaluation(0)
         accelerator.print(describe_start(tracker.history[-1]))

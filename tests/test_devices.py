@@ -207,7 +207,8 @@ PROBE = """
     import torch, torch.distributed as dist
     from torch.distributed.tensor import DTensor
     from kdkit import DistillConfig
-    from kdkit.running.devices import leave_processes, place_teacher, start_accelerator
+    from kdkit.running.devices import leave_processes, start_accelerator
+    from kdkit.teachers import OnlineTeacher
     from kdkit.models import BodyAndHead, count_parameters, load_student, load_teacher
     from kdkit.train import make_optimizer
 
@@ -218,11 +219,11 @@ PROBE = """
     whole = {"teacher": count_parameters(teacher), "student": count_parameters(student)}
     optimizer = make_optimizer(student, config)
     student, optimizer = accelerator.prepare(BodyAndHead(student), optimizer)
-    teacher, place = place_teacher(teacher, "auto", accelerator)
+    teacher = OnlineTeacher(teacher)
+    teacher.place(accelerator, "auto")
     batch = {"input_ids": torch.arange(32)[None], "position_ids": torch.arange(32)[None]}
     student(batch, lambda hidden, head: (hidden @ head.T).float().logsumexp(-1).sum()).backward()
-    with torch.no_grad():
-        teacher(batch, lambda hidden, head: hidden.sum())
+    teacher(batch)
     for name, module in (("teacher", teacher), ("student", student)):
         for layer in module.modules():  # what the root keeps gathered after its forward goes when it is told to
             if hasattr(layer, "reshard"):
@@ -238,7 +239,7 @@ PROBE = """
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in student.parameters())
     mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert mine == {id(p) for p in student.parameters()}
-    print(f"rank {accelerator.process_index} holds its half; {place}", flush=True)
+    print(f"rank {accelerator.process_index} holds its half; {teacher.placement}", flush=True)
     leave_processes()
 """
 
@@ -269,7 +270,7 @@ def test_what_fsdp_exports_is_what_was_trained(small, tmp_path, tied, dtype):
         export_dtype=dtype,
         teacher_placement="offload",
     )
-    assert "kept by the CPU (offload, as asked)" in launch("fsdp", config, precision="bf16")
+    assert "in CPU memory (offload, as set)" in launch("fsdp", config, precision="bf16")
     model = AutoModelForCausalLM.from_pretrained(Path(config.output_dir) / "final")
     assert type(model).__name__ == "LlamaForCausalLM" and model.dtype == getattr(torch, dtype)
     assert ("lm_head.weight" in load_file(Path(config.output_dir) / "final" / "model.safetensors")) != tied
@@ -332,8 +333,8 @@ def test_a_fault_on_one_rank_stops_both_and_is_named(small, tmp_path):
     """The teacher of rank 1 alone gives NaN, in one row: both stop, in one line, and neither waits for the other."""
     fault = """
         import functools, os, sys
-        from kdkit import train
-        load, events = train.targets.load_teacher, []
+        from kdkit import teachers, train
+        load, events = teachers.load_teacher, []
         def broken(*arguments):
             teacher = load(*arguments)
             def spoil(module, inputs, output):
@@ -341,7 +342,7 @@ def test_a_fault_on_one_rank_stops_both_and_is_named(small, tmp_path):
                     output.last_hidden_state[0] *= float("nan")
             teacher.base_model.register_forward_hook(spoil)
             return teacher
-        train.targets.load_teacher = broken
+        teachers.load_teacher = broken
         train.train = functools.partial(train.train, watch=events.append)
         train.main(sys.argv[1:])
     """
@@ -402,11 +403,6 @@ def test_something_else_running_than_was_asked_for_is_an_error(environment, name
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
     )
     assert run.returncode != 0 and named in run.stderr
-
-
-def test_to_shard_the_teacher_takes_two(small):
-    with pytest.raises(ValueError, match=r"teacher_placement is shard, but there is one process"):
-        train(small(teacher_placement="shard"))
 
 
 def test_ranks_end_when_their_launcher_is_killed(tmp_path):

@@ -46,7 +46,7 @@ def break_model(monkeypatch, name, load, switch, token=None, value=NAN):
         model.base_model.register_forward_hook(spoil, with_kwargs=True)
         return model
 
-    monkeypatch.setattr(f"kdkit.train.{name}", broken)
+    monkeypatch.setattr(name if "." in name else f"kdkit.train.{name}", broken)
 
 
 def aside(config):
@@ -64,7 +64,7 @@ def test_a_teacher_that_gives_nan_is_named_with_its_rows(small, monkeypatch, fus
     token = int(step[1]["input_ids"][0, 5])
     guilty = [(m, r) for m, batch in enumerate(step) for r in range(2) if token in batch["input_ids"][r].tolist()]
     switch = Switch()
-    break_model(monkeypatch, "targets.load_teacher", load_teacher, switch, token)
+    break_model(monkeypatch, "kdkit.teachers.load_teacher", load_teacher, switch, token)
     with pytest.raises(RunStopped) as error:
         train(config, watch=switch.after(3))
     words = f"of step 4 is not finite (rank 0: divergence (teacher) in {len(guilty)} of 4 rows)"
@@ -94,7 +94,7 @@ def test_a_student_that_gives_nan_is_named(small, monkeypatch, alpha, parts):
 def test_an_evaluation_names_it_too(small, monkeypatch):
     switch = Switch()
     switch.on = True
-    break_model(monkeypatch, "targets.load_teacher", load_teacher, switch)
+    break_model(monkeypatch, "kdkit.teachers.load_teacher", load_teacher, switch)
     config = small(alpha=1.0)
     with pytest.raises(RunStopped, match=r"evaluation of step 0 is not finite \(rank 0: divergence \(teacher\)"):
         train(config)
@@ -103,7 +103,7 @@ def test_an_evaluation_names_it_too(small, monkeypatch):
 
 def test_a_teacher_that_is_not_used_is_not_at_fault(small, monkeypatch):
     switch = Switch()
-    break_model(monkeypatch, "targets.load_teacher", load_teacher, switch)
+    break_model(monkeypatch, "kdkit.teachers.load_teacher", load_teacher, switch)
     config = small(alpha=1.0)
     with pytest.raises(RunStopped, match="evaluation of step 6"):  # only there is it run
         train(config, watch=switch.after(0))

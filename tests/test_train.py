@@ -16,10 +16,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdkit import load_config
-from kdkit import train as train_module
 from kdkit.data import Steps, load_rows
 from kdkit.models import ASSETS, load_teacher, load_tokenizer
 from kdkit.running.devices import start_accelerator
+from kdkit.teachers import OnlineTeacher
 from kdkit.train import learning_rate, main, make_optimizer, train
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +125,13 @@ def test_alpha_1_with_a_wider_student_learns_the_shared_vocabulary_alone(small, 
 
 
 def test_alpha_1_does_not_run_the_teacher(small, monkeypatch):
-    monkeypatch.setattr(train_module.targets, "of", lambda teacher: pytest.fail("the teacher is run"))
+    forward = OnlineTeacher.forward
+
+    def held_out_only(self, batch):
+        assert batch["row_ids"][0] < 0
+        return forward(self, batch)
+
+    monkeypatch.setattr(OnlineTeacher, "forward", held_out_only)
     train(small(alpha=1.0, max_steps=2))
 
 
@@ -136,7 +142,7 @@ def test_training_leaves_the_teacher_as_it_was(small, monkeypatch):
         teachers.append(load_teacher(*arguments))
         return teachers[-1]
 
-    monkeypatch.setattr(train_module.targets, "load_teacher", keep)
+    monkeypatch.setattr("kdkit.teachers.load_teacher", keep)
     train(small())
     fresh = load_teacher(dtype=torch.float32).state_dict()
     assert all(torch.equal(fresh[name], value) for name, value in teachers[0].state_dict().items())

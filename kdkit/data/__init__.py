@@ -10,8 +10,10 @@ from kdkit.data.batches import (
     describe_rows,
     empty_row,
     load_rows,
+    loss_tokens,
     pack,
     row_lengths,
+    rows_digest,
 )
 from kdkit.data.chat import tokenize_documents
 from kdkit.data.sources import Document, embedded_documents, split_documents
@@ -28,8 +30,10 @@ __all__ = [
     "embedded_documents",
     "empty_row",
     "load_rows",
+    "loss_tokens",
     "pack",
     "row_lengths",
+    "rows_digest",
     "split_documents",
     "tokenize_documents",
 ]  # fmt: skip

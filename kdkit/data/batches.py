@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -193,7 +194,7 @@ class Steps(Dataset):
         for start in range(0, num_micro_batches * self.batch_size, self.batch_size):
             indices = mine[start : start + self.batch_size]
             rows = [self.rows[index] for index in indices] or [empty_row(self.pad_token_id)]
-            micro_batches.append({**collate(rows, self.pad_token_id), "train_rows": indices})
+            micro_batches.append({**collate(rows, self.pad_token_id), "row_ids": indices})
         return micro_batches
 
 
@@ -268,6 +269,37 @@ def count_tokens(rows: Sequence[dict]) -> int:
     if isinstance(rows, MappedRows):
         return rows.counts["tokens"]
     return sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
+
+
+def _lists(rows: Sequence[dict], key: str) -> list:
+    """The lists of one key, as chunks of Arrow."""
+    import pyarrow as pa
+
+    if isinstance(rows, MappedRows):
+        return rows.dataset.data.column(key).chunks
+    return [pa.array([row[key] for row in rows], pa.list_(pa.int32()))]
+
+
+def loss_tokens(rows: Sequence[dict]) -> np.ndarray:
+    """Tokens in the loss of each row: (num_rows,)."""
+    counts = []
+    for chunk in _lists(rows, "labels"):
+        before = np.concatenate([[0], np.cumsum(chunk.flatten().to_numpy() != IGNORE_INDEX)])
+        lengths = chunk.value_lengths().to_numpy()
+        ends = np.cumsum(lengths)
+        counts.append(before[ends] - before[ends - lengths])
+    return np.concatenate(counts)
+
+
+def rows_digest(rows: Sequence[dict]) -> str:
+    """A hash of the content and the order of rows."""
+    digest = hashlib.sha256()
+    for key in ("input_ids", "labels", "position_ids"):
+        for chunk in _lists(rows, key):
+            digest.update(chunk.value_lengths().to_numpy())
+        for chunk in _lists(rows, key):
+            digest.update(chunk.flatten().to_numpy())
+    return digest.hexdigest()[:16]
 
 
 def row_lengths(rows: Sequence[dict]) -> list[int]:

@@ -1,4 +1,5 @@
-"""The two models: loaded, and checked against each other."""
+"""The two models: load them, and check that they fit each other."""
+# ruff: noqa: F401
 
 from kdkit.models.load import (
     ASSETS,
@@ -9,15 +10,9 @@ from kdkit.models.load import (
     load_student_config,
     load_teacher,
     load_tokenizer,
-    resolve,
     student_from_layers,
     teacher_dtype,
     teacher_folder,
+    wrap,
 )
-from kdkit.models.pair import Pair, check_pair, context_of
-
-__all__ = [
-    "ASSETS", "BodyAndHead", "Pair", "check_models", "check_pair", "context_of", "count_parameters", "load_student",
-    "load_student_config", "load_teacher", "load_tokenizer", "resolve", "student_from_layers", "teacher_dtype",
-    "teacher_folder",
-]  # fmt: skip
+from kdkit.models.pair import Pair, check_head, check_pair

@@ -1,22 +1,19 @@
-"""What a run runs on: one CPU, one GPU or many processes; and where the teacher's weights are kept.
+"""What a run runs on: one CPU, one GPU or many processes.
 
 accelerate does the work. What is here makes sure that what was asked for is what is running, adds FSDP on CPU
-processes (so that sharding can be taught and tested on a laptop), and shards the teacher, which accelerate does not.
+processes (so that sharding can be taught and tested on a laptop).
 """
 
 import gc
 import os
-import warnings
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from kdkit.config import UsageError
-from kdkit.models import BodyAndHead
 
 
 def start_accelerator() -> Accelerator:
@@ -110,78 +107,3 @@ def _sum_of_squares(tensor: torch.Tensor, exact: torch.dtype) -> torch.Tensor:
     whole = flat.numel() // 4096 * 4096
     runs = torch.linalg.vector_norm(flat[:whole].view(-1, 4096), dim=1)
     return runs.to(exact).square().sum() + torch.linalg.vector_norm(flat[whole:], dtype=exact) ** 2
-
-
-def place_teacher(teacher: torch.nn.Module, placement: str, accelerator: Accelerator) -> tuple[BodyAndHead, str]:
-    """Put the frozen teacher where `placement` says.
-
-    Args:
-        teacher: from `load_teacher`, or a `kdkit.targets.StoredTeacher`, for which `placement` means nothing.
-        placement: `replicate` (whole on each device), `shard` (a part on each, layer by layer gathered when used),
-            `offload` (kept by the CPU, brought layer by layer when used), or `auto`.
-        accelerator: the run's. With FSDP, call this after `prepare`.
-
-    Returns:
-        The teacher to call, and a line that says what was chosen and why.
-
-    Raises:
-        UsageError: `shard` on one process.
-    """
-    if isinstance(teacher, BodyAndHead):  # what is stored of one
-        return teacher.to(accelerator.device), str(teacher)
-    several = accelerator.num_processes > 1
-    reason = "as asked"
-    if placement == "auto":
-        placement, reason = _choose(teacher, accelerator)
-    if placement == "shard" and not several:
-        raise UsageError("teacher_placement is shard, but there is one process: use replicate, offload or auto")
-    module = BodyAndHead(teacher)
-    if placement == "replicate":
-        module.to(accelerator.device)
-    elif placement == "shard" or several:
-        _shard(module, accelerator, offload=placement == "offload")
-    elif accelerator.device.type != "cpu":
-        from accelerate import cpu_offload
-
-        cpu_offload(module, accelerator.device)
-    names = {"replicate": "whole on each device", "shard": f"sharded over {accelerator.num_processes} ranks"}
-    return module, f"{names.get(placement, 'kept by the CPU')} ({placement}, {reason})"
-
-
-def _choose(teacher: torch.nn.Module, accelerator: Accelerator) -> tuple[str, str]:
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return "shard", "auto: the student is sharded too"
-    if accelerator.device.type != "cuda":
-        return "replicate", "auto: one copy a process is fastest"
-    need = sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters()) / 2**30
-    free = torch.cuda.mem_get_info(accelerator.device)[0] / 2**30
-    if need < 0.4 * free:
-        return "replicate", f"auto: its {need:.1f} GiB fit in {free:.1f} GiB free"
-    return "shard" if accelerator.num_processes > 1 else "offload", f"auto: {need:.1f} GiB of {free:.1f} GiB free"
-
-
-def _shard(module: BodyAndHead, accelerator: Accelerator, offload: bool) -> None:
-    """FSDP2 over all ranks: each decoder layer a unit, and the rest (embedding, norm, head) the root's.
-
-    With accelerate's fsdp_cpu_ram_efficient_loading the weights are rank 0's, which hands out the parts: transformers
-    may have left those of the others empty.
-    """
-    from_rank_0 = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
-    weights = module.state_dict() if from_rank_0 and accelerator.is_main_process else {}
-    if from_rank_0:
-        for part in module.modules():  # parameters alone: buffers that are in no file are right on every rank
-            for name, parameter in part._parameters.items():
-                if parameter is not None:
-                    part._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
-        module.tie_weights()
-    policy = CPUOffloadPolicy(pin_memory=accelerator.device.type == "cuda") if offload else OffloadPolicy()
-    layers = set(module._no_split_modules or [])
-    for layer in [child for child in module.modules() if type(child).__name__ in layers]:
-        fully_shard(layer, offload_policy=policy)
-    fully_shard(module, offload_policy=policy)
-    if from_rank_0:
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")
-            set_model_state_dict(module, weights, options=options)
-        module.tie_weights()

@@ -20,7 +20,6 @@ from torch import Tensor
 from kdkit.config import DistillConfig, RunStopped
 from kdkit.losses import IGNORE_INDEX, TopK
 from kdkit.running import files
-from kdkit.targets import Targets
 
 
 def stop_at_fault(
@@ -29,7 +28,7 @@ def stop_at_fault(
     tokenizer,
     config: DistillConfig,
     accelerator: Accelerator,
-    get_targets: Targets,
+    get_targets: Callable,
     micro_batches: Iterable[dict[str, Tensor]],
     step: int,
     what: str,
