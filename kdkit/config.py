@@ -30,6 +30,11 @@ def may_change(default: Any) -> Any:
     return field(default=default, metadata={"may_change": True})
 
 
+def training_only(default: Any) -> Any:
+    """A field of the training text alone: the evaluations of runs that differ in it can be compared."""
+    return field(default=default, metadata={"training_only": True})
+
+
 @dataclass
 class ModelFields:
     """models: the teacher and the student"""
@@ -90,7 +95,7 @@ class DataFields:
     """The split to evaluate on; by default a fraction of dataset_split is held out, or eval_dataset's split is used."""
     eval_fraction: float = 0.08
     """The fraction of the samples that is held out if neither eval_dataset nor eval_split is given."""
-    max_train_tokens: int | None = None
+    max_train_tokens: int | None = training_only(None)
     """Use about this many tokens of the training text: complete samples, in a random order."""
     max_eval_tokens: int | None = 20000
     """Evaluate on about this many held-out tokens, the same ones each time; None is all of them."""
@@ -98,7 +103,7 @@ class DataFields:
     """Tokens of a row."""
     truncation_mode: Literal["split", "keep_start", "keep_end", "drop"] | None = None
     """What is done with a sample longer than max_length; None is split for texts and keep_start for conversations."""
-    packing: bool = True
+    packing: bool = training_only(True)
     """Fill rows with several samples, which cannot attend to each other; otherwise one sample per row."""
     num_proc: int | None = may_change(None)
     """Processes that tokenise the text; None is one less than the number of CPU cores, and at least 1."""
