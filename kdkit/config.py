@@ -26,12 +26,12 @@ class RunStopped(RuntimeError):
 
 
 def may_change(default: Any) -> Any:
-    """A field that does not change what is computed: a run may be resumed with another value of it."""
+    """Mark a field that does not change what is computed: a run may be resumed with another value of it."""
     return field(default=default, metadata={"may_change": True})
 
 
 def training_only(default: Any) -> Any:
-    """A field of the training text alone: the evaluations of runs that differ in it can be compared."""
+    """Mark a field of the training text alone: the evaluations of runs that differ in it can be compared."""
     return field(default=default, metadata={"training_only": True})
 
 

@@ -1,18 +1,17 @@
-"""The divergences and the hybrid loss of distillation: pure functions of logits, the readable truth.
+"""The divergences and the loss of distillation: pure functions of logits, and the code that runs.
 
-Shapes: B batch, S sequence, V vocabulary, N tokens in the loss. T is the temperature, p the teacher's distribution
-softmax(teacher_logits / T), q the student's softmax(student_logits / T). All numbers are in nats per token.
+Shapes: B batch, S sequence, V vocabulary, N tokens in the loss, K top-k. T is the temperature, p the teacher's
+distribution softmax(teacher_logits / T), q the student's, softmax(student_logits / T). Numbers are in nats per token.
 
-A divergence takes logits of (..., V), casts them to fp32 (float64 stays), divides by T, and sums over V: it returns
-(...), *not* masked and *not* multiplied by T^2. Masking, T^2, mixing by alpha and the one division by the number of
-tokens each happen once, in `kd_loss`.
+A divergence takes logits (..., V), casts them to fp32 (float64 stays), divides them by T and sums over V. It returns
+(...), *not* masked and *not* multiplied by T^2. Masking, T^2, the mixture by alpha and the division by the number of
+tokens each happen in one place: in `kd_loss` and in `loss_sums`, which it calls.
 
-The gradients below are with respect to the student's logits z, with q = softmax(z / T). They all follow from
+The gradients below are with respect to the student's logits z, where q = softmax(z / T). They all follow from
 dq_v/dz_w = q_v (1[v = w] - q_w) / T: a divergence sum_v f(p_v, q_v) has, with g_v = q_v * df/dq_v,
 d/dz_v = (g_v - q_v * sum_w g_w) / T.
 
-`kdkit.fused` computes the same loss from hidden states without ever holding the logits, and is checked against
-this page.
+`kdkit.fused` applies `loss_sums` to a few tokens at a time, so that the logits of a whole batch never exist.
 """
 
 import math
@@ -24,70 +23,70 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
-LOG_NOTHING = -87.0  # the logarithm of what counts as no probability at all: about the least that fp32 holds
+MIN_LOG_PROB = -87.0  # stands for log(0): about the logarithm of the smallest number that fp32 holds
 
 
 class KDLoss(NamedTuple):
-    """What a distillation loss returns. Only `loss` carries the graph.
+    """The value of a distillation loss: `loss == alpha * ce_loss + (1 - alpha) * kl_loss`.
 
-    `loss == alpha * ce_loss + (1 - alpha) * kl_loss`. Each is a sum over the valid tokens given, divided by
-    `num_items`; so parts of one step, given the whole step's `num_items_in_batch`, simply add up.
+    Each is a sum over the valid tokens given, divided by `num_items`. The values of the parts of a step, each computed
+    with the `num_items_in_batch` of the whole step, therefore add up to the value of the step.
     """
 
-    loss: Tensor  # (), in nats per token, with its graph
-    ce_loss: Tensor  # (), cross-entropy at T = 1, detached
-    kl_loss: Tensor  # (), T^2 * divergence, as it enters the loss, detached; 0, and not computed, at alpha = 1
-    num_items: Tensor  # (), what was divided by
+    loss: Tensor  # (), in nats per token; the only one with a graph
+    ce_loss: Tensor  # (), cross-entropy at T = 1
+    kl_loss: Tensor  # (), T^2 * divergence, as it enters the loss; 0 at alpha = 1, where it is not computed
+    num_items: Tensor  # (), the divisor
 
 
 class TopK(NamedTuple):
-    """The teacher's distribution at T in K + 1 buckets: its K likeliest tokens, and all others together, the tail.
+    """The teacher's distribution at T in K + 1 buckets: its K most likely tokens, and the tail, all others together.
 
-    It stands for the teacher's logits in `kd_loss`. A divergence of two distributions in buckets is a lower bound of
-    that of the whole ones (they may still differ inside the tail) and equal to it at K = V. Leaving the tail out and
-    scaling the K up to 1, as is often done, gives no bound: its student is taught to put nothing outside of the K.
+    `kd_loss` takes it in place of the teacher's logits. The divergence between two distributions in buckets is a lower
+    bound of the full one (they may still differ inside the tail), and equal to it at K = V. Without the tail, with the
+    K probabilities scaled to sum to 1, there is no bound: the student learns to put no probability outside the K.
     """
 
-    ids: Tensor  # (..., K), of any integer type
-    log_probs: Tensor  # (..., K + 1), the tail's last
+    ids: Tensor  # (..., K), of any integer dtype
+    log_probs: Tensor  # (..., K + 1), the tail last
 
 
 def top_k(teacher_logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
-    """The K likeliest tokens of logits (..., V) at T, and the tail; fp32 (float64 stays)."""
+    """Return the K most likely tokens of logits (..., V) at T, and the tail, in fp32 (or float64)."""
     log_p = _log_softmax(teacher_logits, temperature)
     ids = log_p.topk(k).indices
     return TopK(ids, in_buckets(log_p, ids))
 
 
 def in_buckets(log_probs: Tensor, ids: Tensor) -> Tensor:
-    """log_probs of all tokens (..., V) as those of the tokens `ids` (..., K) and of the tail: (..., K + 1)."""
+    """Return log_probs (..., V) as the log-probabilities (..., K + 1) of the tokens `ids` (..., K) and of the tail."""
     top = log_probs.gather(-1, ids)
-    tail = log_probs.scatter(-1, ids, -1e4).logsumexp(-1, keepdim=True)  # finite: at K = V nothing is left
-    return torch.cat([top, tail.clamp(min=LOG_NOTHING)], -1)
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    tail = log_probs.scatter(-1, ids, -1e4).logsumexp(-1, keepdim=True)  # not -inf, since at K = V nothing is left
+    return torch.cat([top, tail.clamp(min=MIN_LOG_PROB)], -1)
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(_at_least_fp32(logits) / temperature, dim=-1)
 
 
-def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v): the student has to cover all that the teacher finds likely.
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
-    Range [0, inf), 0 exactly when p = q. Gradient: (q - p) / T. In PyTorch this is `F.kl_div(log_q, log_p,
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v). The student has to cover every token that the teacher finds likely.
+
+    Range [0, inf); 0 only if p = q. Gradient: (q - p) / T. In PyTorch this is `F.kl_div(log_q, log_p,
     log_target=True)`, whose *first* argument is the student. Hinton et al. 2015 (arXiv:1503.02531), section 2;
     for sequences Kim and Rush 2016 (arXiv:1606.07947), equation 4.
 
     Args:
         student_logits: (..., V), any floating dtype.
         teacher_logits: (..., V), over the same vocabulary.
-        temperature: T, divides both.
+        temperature: T, by which both are divided.
 
     Returns:
-        (...), nats per token; not masked, not times T^2.
+        (...), nats per token; not masked, not multiplied by T^2.
 
     >>> p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
     >>> round(forward_kl(q.log(), p.log()).item(), 4)  # 0.5 log 2 + 0 - 0.25 log 2
@@ -98,9 +97,9 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(q || p) = sum_v q_v (log q_v - log p_v): the student may keep to one of the teacher's modes.
+    """KL(q || p) = sum_v q_v (log q_v - log p_v). The student may concentrate on one of the teacher's modes.
 
-    Range [0, inf), 0 exactly when p = q. Gradient: q * (log q - log p - KL(q || p)) / T. Gu et al. 2023, MiniLLM
+    Range [0, inf); 0 only if p = q. Gradient: q * (log q - log p - KL(q || p)) / T. Gu et al. 2023, MiniLLM
     (arXiv:2306.08543), section 2.1. Args and Returns as in `forward_kl`.
     """
     return forward_kl(teacher_logits, student_logits, temperature)
@@ -109,26 +108,24 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 def jsd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, beta: float = 0.5) -> Tensor:
     """beta KL(p || m) + (1 - beta) KL(q || m), with m = beta p + (1 - beta) q.
 
-    Range [0, H(beta)], at most log 2 (at beta = 0.5, where it is symmetric); 0 when p = q. Gradient:
+    Range [0, H(beta)], at most log 2 (at beta = 0.5, where it is symmetric); 0 if p = q. Gradient:
     (1 - beta) * q * (log(q / m) - KL(q || m)) / T. Agarwal et al. 2023, GKD (arXiv:2306.13649), section 2.
 
-    The ends: it tends to 0 as beta goes to 0 or 1, and only its *ratio* to beta tends to KL(p || q), to 1 - beta to
-    KL(q || p). Some libraries return those KLs at beta = 0 and 1, a jump; here beta lies strictly between.
+    The JSD tends to 0 as beta tends to 0 or 1; only its ratio to beta tends to KL(p || q), and its ratio to 1 - beta to
+    KL(q || p). Some libraries return those KLs at beta = 0 and 1, which is a jump. Here both ends are refused.
 
     Args:
         student_logits, teacher_logits, temperature: as in `forward_kl`.
         beta: weight of the teacher in m, in (0, 1).
 
     Returns:
-        (...), nats per token; not masked, not times T^2.
+        (...), nats per token; not masked, not multiplied by T^2.
 
     Raises:
-        ValueError: beta outside (0, 1); use forward_kl or reverse_kl there.
+        ValueError: beta outside (0, 1).
     """
     if not 0.0 < beta < 1.0:
-        raise ValueError(
-            f"beta is {beta}, expected 0 < beta < 1: the JSD is 0 at both ends; use forward_kl or reverse_kl"
-        )
+        raise ValueError(f"beta is {beta}, expected 0 < beta < 1 (at the ends use forward_kl or reverse_kl)")
     log_p, log_q = _log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature)
     p, q = log_p.exp(), log_q.exp()
     log_m = _log_mixture(p, q, beta)
@@ -136,22 +133,23 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
 
 
 def skew_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, skew: float = 0.1) -> Tensor:
-    """KL(p || m), with m = skew p + (1 - skew) q: forward KL against a student that is given some of the teacher.
+    """KL(p || m), with m = skew p + (1 - skew) q: forward KL to a mixture of the student with some of the teacher.
 
-    Range [0, -log skew]; 0 when p = q; forward KL at skew = 0. Gradient, with r = (1 - skew) p q / m:
+    Range [0, -log skew]; 0 if p = q; equal to forward KL at skew = 0. Gradient, with r = (1 - skew) p q / m:
     (q * sum(r) - r) / T. Ko et al. 2024, DistiLLM (arXiv:2402.03898), equation 4 (their alpha is `skew`).
 
     Args:
         student_logits, teacher_logits, temperature: as in `forward_kl`.
-        skew: in [0, 1).
+        skew: weight of the teacher in m, in [0, 1).
 
     Returns:
-        (...), nats per token; not masked, not times T^2.
+        (...), nats per token; not masked, not multiplied by T^2.
 
     Raises:
-        ValueError: skew outside [0, 1); at 1 the student is not in it.
+        ValueError: skew outside [0, 1); at 1 the student would not be part of it.
     """
-    _check_skew(skew)
+    if not 0.0 <= skew < 1.0:
+        raise ValueError(f"skew is {skew}, expected 0 <= skew < 1 (0.1 is usual)")
     log_p, log_q = _log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature)
     p = log_p.exp()
     log_m = _log_mixture(p, log_q.exp(), skew) if skew > 0 else log_q
@@ -161,47 +159,31 @@ def skew_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
 def skew_reverse_kl(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, skew: float = 0.1
 ) -> Tensor:
-    """KL(q || m), with m = skew q + (1 - skew) p: reverse KL against a teacher that is given some of the student.
+    """KL(q || m), with m = skew q + (1 - skew) p: reverse KL to a mixture of the teacher with some of the student.
 
-    Range [0, -log skew]; 0 when p = q; reverse KL at skew = 0. Gradient, with d = log(q / m) and
+    Range [0, -log skew]; 0 if p = q; equal to reverse KL at skew = 0. Gradient, with d = log(q / m) and
     g = q * (d - skew q / m): (g - q * sum(g)) / T. Ko et al. 2024, DistiLLM (arXiv:2402.03898), section 3.1.
     Args, Returns and Raises as in `skew_kl`.
     """
-    _check_skew(skew)
-    log_p, log_q = _log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature)
-    q = log_q.exp()
-    log_m = _log_mixture(q, log_p.exp(), skew) if skew > 0 else log_p
-    return (q * (log_q - log_m)).sum(-1)
+    return skew_kl(teacher_logits, student_logits, temperature, skew=skew)
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """1/2 sum_v |p_v - q_v|, which is 1 - sum_v min(p_v, q_v): one minus the acceptance rate of a draft model.
+    """1/2 sum_v |p_v - q_v| = sum_v max(p_v - q_v, 0) = 1 - sum_v min(p_v, q_v): 1 - the acceptance rate of a draft.
 
-    Range [0, 1], 0 when p = q. Gradient, with s = sign(q - p) / 2: q * (s - sum_v q_v s_v) / T, and 0 where p = q.
+    Range [0, 1]; 0 if p = q. Gradient, with s = -1[p > q]: q * (s - sum_v q_v s_v) / T, and 0 if p = q.
     Wen et al. 2023 (arXiv:2307.15190), section 3. Args and Returns as in `forward_kl`.
     """
     log_p, log_q = _log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature)
     return F.relu(log_p.exp() - log_q.exp()).sum(-1)
 
 
-def _check_skew(skew: float) -> None:
-    if not 0.0 <= skew < 1.0:
-        raise ValueError(f"skew is {skew}, expected 0 <= skew < 1 (0.1 is usual)")
-
-
 def _log_mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """log(weight * a + (1 - weight) * b); finite where a and b have underflowed to 0, since 0 * log(0) is not 0."""
+    """log(weight * a + (1 - weight) * b), finite if a and b have underflowed to 0: 0 * -inf would be NaN."""
     return (torch.lerp(b, a, weight) + torch.finfo(a.dtype).tiny).log()
 
 
-DIVERGENCES = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-    "skew_kl": skew_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "total_variation": total_variation,
-}
+DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation)}
 
 
 def kd_loss(
@@ -283,20 +265,19 @@ def loss_sums(
         Two scalars, in nats.
     """
     student_logits = _at_least_fp32(student_logits)
-    kl_sum = student_logits.new_zeros(())
+    per_token = student_logits.new_zeros(1)
     if isinstance(teacher_logits, TopK):  # log-probabilities are logits, too, and the temperature is already in them
         log_q = in_buckets(_log_softmax(student_logits, temperature), teacher_logits.ids.long())  # (N, K + 1)
         per_token = divergence(log_q, teacher_logits.log_probs, **divergence_options)  # (N,)
-        kl_sum = temperature**2 * per_token.sum()
     elif teacher_logits is not None:
         per_token = divergence(student_logits, teacher_logits, temperature, **divergence_options)  # (N,)
-        kl_sum = temperature**2 * per_token.sum()
+    kl_sum = temperature**2 * per_token.sum()  # before the CE: in this order torch.compile fuses both into one pass
     ce_logits = student_logits.detach() if alpha == 0 else student_logits
     return F.cross_entropy(ce_logits, labels, reduction="sum"), kl_sum
 
 
 def as_num_items(num_items_in_batch: int | Tensor | None, labels: Tensor) -> Tensor:
-    """`num_items_in_batch`, or the number of the (valid) `labels`, as a scalar tensor."""
+    """Return `num_items_in_batch`, or else the number of `labels`, as a scalar tensor."""
     num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
     return torch.as_tensor(num_items, device=labels.device)
 

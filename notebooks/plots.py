@@ -1,4 +1,4 @@
-"""The figures that notebooks and the demo share: pure functions of numbers that return a matplotlib Figure.
+"""The figures of the notebooks: pure functions of numbers that return a matplotlib Figure.
 
 The colours are Okabe and Ito's, which readers with any colour vision tell apart; lines differ in style too, so that
 nothing is lost in grey.
@@ -27,32 +27,6 @@ def _figure(num_axes: int = 1, width: float = 5.2, height: float = 3.6):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
     return figure, axes
-
-
-def evaluation_curves(histories: dict[str, list[dict]]) -> Figure:
-    """Held-out cross-entropy and KL to the teacher against the step, for runs of one teacher.
-
-    Args:
-        histories: name of a run -> its events, as in metrics.jsonl.
-    """
-    figure, (left, right) = _figure(2)
-    for index, (name, history) in enumerate(histories.items()):
-        events = [event for event in history if "eval/step" in event]
-        steps = [event["eval/step"] for event in events]
-        style = {"color": COLOURS[index % 6], "linestyle": STYLES[index % 4], "marker": "o", "markersize": 3}
-        left.plot(steps, [event["eval/ce_loss"] for event in events], label=name, **style)
-        right.plot(steps, [event["eval/kl_t1"] for event in events], label=name, **style)
-        if index == 0 and events:
-            left.axhline(events[-1]["eval/teacher_ce_loss"], color=TEACHER, linewidth=1, label="teacher")
-    left.set(xlabel="optimizer step", ylabel="cross-entropy (nats per token)", title="Held-out text")
-    right.set(
-        xlabel="optimizer step",
-        ylabel="KL(teacher || student) (nats per token)",
-        title="Distance to the teacher",
-    )
-    right.set_ylim(bottom=0)
-    left.legend(frameon=False)
-    return figure
 
 
 def training_curves(history: list[dict]) -> Figure:
