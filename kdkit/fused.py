@@ -102,7 +102,7 @@ def fused_kd_loss(
     device = labels.device.type
     chunk_size = chunk_size or max(CHUNK_TOKENS["cpu" if device == "cpu" else "gpu"], CHUNK_ELEMENTS // vocab_size)
     block = functools.partial(
-        _compiled_block(device) if compile else block_sums_and_gradient,
+        compile_block(device) if compile else block_sums_and_gradient,
         alpha=alpha, temperature=temperature, divergence=DIVERGENCES[divergence], options=divergence_options,
     )  # fmt: skip
     labels = labels.flatten()[valid]  # (N,)
@@ -227,12 +227,13 @@ def block_sums_and_gradient(
 
 
 @functools.cache
-def _compiled_block(device_type: str) -> Callable:
+def compile_block(device_type: str, function: Callable = block_sums_and_gradient) -> Callable:
+    """Compile `block_sums_and_gradient` for blocks of any size."""
     # On a GPU, which is bound by memory, the logits are read twice and the gradient is written once: 18 bytes an entry.
     # By default, the compiler would store the intermediate results of some divergences. On a CPU, that is faster.
     options = None if device_type == "cpu" else {"realize_reads_threshold": 32}
     torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see through torch.autograd.grad
-    return torch.compile(block_sums_and_gradient, dynamic=True, options=options)
+    return torch.compile(function, dynamic=True, options=options)
 
 
 def should_compile(wanted: bool | None, num_logits: int, device: torch.device) -> tuple[bool, str]:

@@ -1,7 +1,9 @@
 """`fused_kd_loss` is `kd_loss`: the same numbers and gradients, without a tensor of tokens x vocabulary."""
 
 import itertools
+import logging
 import math
+import shutil
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kdkit.fused
-from kdkit.fused import fused_kd_loss
+from kdkit.fused import block_sums_and_gradient, compile_block, fused_kd_loss
 from kdkit.losses import DIVERGENCES, TopK, kd_loss, top_k
 
 NAMES = sorted(DIVERGENCES)
@@ -356,3 +358,45 @@ def test_mistakes_are_named(changed, message):
 def test_unknown_options_are_refused():
     with pytest.raises(TypeError, match="beta"):
         fused_kd_loss(*problem(), alpha=0.5, temperature=2.0, beta=0.3)
+
+
+# --- compiled
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+SLOW = [pytest.param(x, k, marks=pytest.mark.slow) for x in DIVERGENCES for k in (None, 5)]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("name", "k"), [("forward_kl", None), *SLOW[1:]])
+def test_compiled_loss_equals_the_eager_one(name, k):
+    """With one compilation for blocks of all sizes, for the teacher's logits and for its K most likely tokens."""
+    torch._dynamo.reset()
+    for shape in ((64,), (49,)):
+        h, w, th, tw, labels = problem(shape=shape)
+        teacher = (th, tw) if k is None else (top_k(th @ tw[:37].T, k, 2.0), None)
+        arguments = {"alpha": 0.3, "temperature": 2.0, "divergence": name, "chunk_size": 16}
+        eager, compiled = (
+            run(fused_kd_loss, h, w, *teacher, labels, **arguments, compile=flag) for flag in (False, True)
+        )
+        assert_same(compiled, eager)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_compiled_loss_on_a_gpu_moves_at_most_20_bytes_per_entry(name):
+    """By the compiler's own count: both logits are read twice, and the gradient is written once in bf16."""
+    from torch._inductor import compile_fx, metrics
+
+    z, t, labels = torch.randn(64, 32000), torch.randn(64, 32000), torch.randint(32000, (64,))
+    compile_fx.inductor_metrics_log.setLevel(logging.INFO)  # the compiler counts for its log only
+    with torch._inductor.config.patch(force_disable_caches=True):
+        for temperature in (1.0, 2.0):
+            torch._dynamo.reset()
+            metrics.reset()
+            keywords = {"alpha": 0.3, "temperature": temperature, "divergence": DIVERGENCES[name], "options": {}}
+            function = compile_block("cuda", lambda *args, **kw: block_sums_and_gradient(*args, **kw)[1].bfloat16())
+            function(z, labels, t, **keywords)
+            assert 10 < metrics.num_bytes_accessed / z.numel() <= 20
