@@ -82,7 +82,7 @@ def evaluation_batches(
     for start in range(0, math.ceil(len(rows) / num_ranks), batch_size):
         indices = list(mine[start : start + batch_size])
         batch = collate([rows[index] for index in indices] or [empty_row(pad_token_id)], pad_token_id)
-        yield {**batch, "eval_rows": indices}
+        yield {**batch, "row_ids": [-1 - index for index in indices]}
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ Held-out text is always stored as hidden states, so that evaluation is exact. Sh
 width, V vocabulary, K top-k.
 """
 
+import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -29,15 +29,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kdkit.config import DistillConfig, UsageError, load_config
-from kdkit.data import DATA_FIELDS, collate, empty_row, load_rows
+from kdkit.config import DataFields, DistillConfig, UsageError, load_config
+from kdkit.data import collate, empty_row, load_rows, loss_tokens, rows_digest
 from kdkit.fused import precise_logits
 from kdkit.losses import IGNORE_INDEX, TopK, top_k
 from kdkit.models import (
@@ -58,6 +57,7 @@ Targets = Callable[[dict], tuple[Tensor | TopK | None, Tensor | None]]
 
 CHUNK = 1024  # tokens whose logits exist at once, while the likeliest are looked for
 PART_BYTES = 64 * 2**20  # about the size of a file, which is what a kill can cost
+DATA_FIELDS = [f.name for f in dataclasses.fields(DataFields) if not f.metadata.get("may_change")]
 SAMPLES, SAMPLE_BYTES = 256, 2**16  # of each file of weights, to tell teachers apart without reading all of them
 
 
@@ -96,7 +96,8 @@ def open_teacher(config: DistillConfig, mixed_precision: str, tokenizer, train_r
 class StoredTeacher(BodyAndHead):
     """What `python -m kdkit.targets` left of a teacher, in its place: it is called as the teacher is.
 
-    A batch says by its `train_rows` or `eval_rows` which rows it is made of. No weights are here but the head's; for
+    A batch says by its `row_ids` which rows it is made of: 0, 1, ... for training
+    rows, -1, -2, ... for held-out ones. No weights are here but the head's; for
     `top_k`, where only evaluation needs it, it stays with the CPU between its uses.
     """
 
@@ -109,8 +110,8 @@ class StoredTeacher(BodyAndHead):
         _check_made_for(self.folder, self.made_for, now)
         self.kind, self.num_parameters, self.context = config.targets, layout["num_parameters"], layout["context"]
         self.parts = {
-            "train_rows": Parts(self.folder, "train", train_rows, layout["train"]),
-            "eval_rows": Parts(self.folder, "eval", eval_rows, layout["eval"]),
+            "train": Parts(self.folder, "train", train_rows, layout["train"]),
+            "eval": Parts(self.folder, "eval", eval_rows, layout["eval"]),
         }
         for parts in self.parts.values():
             parts.check()
@@ -122,14 +123,15 @@ class StoredTeacher(BodyAndHead):
 
     def __str__(self) -> str:
         kind = "hidden states" if self.kind == "hidden" else f"{self.made_for['top_k']} likeliest tokens and the tail"
-        size = self.parts["train_rows"].bytes_per_token
+        size = self.parts["train"].bytes_per_token
         return f"not loaded: its {kind} are read from {self.folder} ({size:,} bytes a token)"
 
     def forward(self, batch: dict, use: Callable, *arguments):
         """use(hidden (B, S, H), head (V, H), *arguments), or use(TopK, None, *arguments), of the batch's rows."""
-        name = "train_rows" if "train_rows" in batch else "eval_rows"
+        rows = batch["row_ids"]
+        held_out = bool(rows) and rows[0] < 0
         labels = batch["labels"]
-        stored = self.parts[name].read(batch[name])
+        stored = self.parts["eval" if held_out else "train"].read([-1 - row for row in rows] if held_out else rows)
         padded = {key: _pad(values.to(labels.device), labels) for key, values in stored.items()}
         if "hidden" in padded:
             return use(padded["hidden"], self.head.to(labels.device), *arguments)
@@ -157,8 +159,7 @@ class Parts:
         """layout: `rows_per_part`, and for each tensor its width and dtype, as in targets.json."""
         self.folder, self.name, self.tensors = folder, name, layout["tensors"]
         self.rows_per_part, self.num_rows = layout["rows_per_part"], len(rows)
-        tokens = [sum(label != IGNORE_INDEX for label in row["labels"]) for row in rows]
-        self.ends = [0, *itertools.accumulate(tokens)]  # row i has the tokens from ends[i] to ends[i + 1]
+        self.ends = [0, *loss_tokens(rows).cumsum().tolist()]  # row i has the tokens from ends[i] to ends[i + 1]
         self._open = {}
 
     def __len__(self) -> int:
@@ -246,8 +247,8 @@ def _made_for(config, tokenizer, train_rows, eval_rows, dtype: torch.dtype, voca
         "tokenizer": _digest(json.dumps([sorted(tokenizer.get_vocab().items()), special]).encode()),
         "dtype": str(dtype).removeprefix("torch."),
         **{name: getattr(config, name) for name in DATA_FIELDS},
-        "training text": _digest_rows(train_rows),
-        "held-out text": _digest_rows(eval_rows),
+        "training text": rows_digest(train_rows)[:16],
+        "held-out text": rows_digest(eval_rows)[:16],
     }
     if config.targets == "top_k":
         made_for |= {"top_k": config.top_k, "temperature": config.temperature, "vocab_size": vocab_size}
@@ -290,15 +291,6 @@ def teacher_fingerprint(config: DistillConfig) -> str | None:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _digest_rows(rows: list[dict]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        for key in ("input_ids", "labels", "position_ids"):
-            digest.update(np.asarray(row[key], dtype=np.int64).tobytes())
-        digest.update(b"row")
-    return digest.hexdigest()[:16]
 
 
 def _shared_vocabulary(config: DistillConfig, teacher_rows: int) -> int:

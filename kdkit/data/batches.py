@@ -1,156 +1,330 @@
-"""Rows in, batches out: pack, cache and lay out the steps of a run; and look at samples.
+"""Make the rows of a run (tokenise, pack, cache), and lay them out in steps and batches.
 
-    python -m kdkit.data [--config recipes/x.yaml] [--field value ...]    # shows a few rows, in the loss or out of it
-
-Shapes: B rows of a micro-batch, S tokens of a row. For what a row is, see `kdkit.data.chat`; for what it is made of,
-`kdkit.data.sources`.
+Shapes: B rows of a micro-batch, S tokens of a row. `kdkit.data.chat` says what a row is.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
 import math
 import os
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
 
-from kdkit.config import DistillConfig, UsageError
-from kdkit.data.chat import check_chat_template, make_rows, up_to
-from kdkit.data.sources import Document, Source, documents_of, embedded_documents, open_source, split_documents
+from kdkit.config import DataFields, DistillConfig, UsageError
+from kdkit.data.chat import check_chat_template, make_rows
+from kdkit.data.sources import Block, Source, blocks_of, open_source, read_block
 from kdkit.losses import IGNORE_INDEX
+from kdkit.running.files import sync
 from kdkit.running.hub import explain
 
-# What the rows of a run depend on, but for the tokenizer.
-DATA_FIELDS = (
-    "dataset", "dataset_config", "dataset_split", "streaming", "text_column", "messages_column",
-    "prompt_column", "completion_column", "chat_template", "eval_dataset", "eval_split", "eval_fraction",
-    "max_train_tokens", "max_eval_tokens", "max_length", "truncation_mode", "packing",
-)  # fmt: skip
-PACK_TOKENS = 2**22  # packed together: more would hardly fill rows better, and would have to be in memory
-CACHE_VERSION = 1  # to be raised when the same text gives other rows
+KEYS = ("input_ids", "labels", "position_ids")
+PACK_TOKENS = 2**22  # packed together: enough to fill the rows well, and little enough for memory
+SECONDS_ALONE = 1.0  # tokenise this long in one process: small data does not need others
+CACHE_VERSION = 2  # increase it when the same data and settings give other rows
 
 
-# --- a run's data --------------------------------------------------------------------------------------------
+# --- rows ---
 
 
-def load_rows(config: DistillConfig, tokenizer) -> tuple[Sequence[dict], Sequence[dict]]:
-    """The training and the held-out rows of a run: read, split by document, tokenised, limited, packed.
+class Rows(Sequence):
+    """Rows in an Arrow table, in memory or mapped from a file: `rows[i]` is a dict of three lists."""
 
-    The embedded text is tokenised in memory. Anything else is tokenised once, by whichever process comes first, and
-    kept as Arrow under the cache of `datasets`; other content, tokenizer or settings make another file.
+    def __init__(self, table, counts: dict | None = None, origin: str = ""):
+        self.table = table
+        self.counts = Counter(counts)  # samples; samples too_long and dropped; tokens in the loss
+        self.origin = origin  # the columns that were read
+
+    @classmethod
+    def of(cls, rows: Sequence[dict]) -> "Rows":
+        """Return rows of lists or arrays as `Rows`, which they may be already."""
+        import pyarrow as pa
+
+        if isinstance(rows, cls):
+            return rows
+        ends = np.cumsum([0, *(len(row["input_ids"]) for row in rows)], dtype=np.int32)
+        columns = [np.concatenate([[], *(row[key] for row in rows)]).astype(np.int32) for key in KEYS]
+        return cls(pa.table({k: pa.ListArray.from_arrays(ends, x) for k, x in zip(KEYS, columns, strict=True)}))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int | slice) -> dict | list[dict]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return {key: self.table.column(key)[index].values.to_numpy().tolist() for key in KEYS}
+
+
+def row_lengths(rows: Sequence[dict]) -> np.ndarray:
+    """Return the number of tokens of each row."""
+    import pyarrow.compute as pc
+
+    return pc.list_value_length(Rows.of(rows).table.column("input_ids")).to_numpy()
+
+
+def loss_tokens(rows: Sequence[dict]) -> np.ndarray:
+    """Return the number of tokens in the loss of each row."""
+    counts = [np.empty(0, dtype=np.int64)]
+    for chunk in Rows.of(rows).table.column("labels").chunks:
+        totals = np.cumsum(np.append(0, chunk.flatten().to_numpy() != IGNORE_INDEX))
+        ends = chunk.offsets.to_numpy()
+        counts.append(np.diff(totals[ends - ends[0]]))
+    return np.concatenate(counts)
+
+
+def count_tokens(rows: Sequence[dict]) -> int:
+    """Return the number of tokens in the loss of all rows."""
+    return getattr(rows, "counts", {}).get("tokens") or int(loss_tokens(rows).sum())
+
+
+def rows_digest(rows: Sequence[dict]) -> str:
+    """Return a hash of the content and the order of rows."""
+    digest = hashlib.sha256(row_lengths(rows).tobytes())
+    for key in KEYS:
+        for chunk in Rows.of(rows).table.column(key).chunks:
+            digest.update(chunk.flatten().to_numpy())
+    return digest.hexdigest()
+
+
+def pack(rows: Sequence[dict], max_length: int) -> Rows:
+    """Join rows into fuller ones by best fit: from the longest to the shortest, each goes where the least room is left.
+
+    Documents stay separate: positions start at 0 in each, so that transformers (eager and sdpa attention) build a
+    mask that hides the others, and no label crosses a boundary, since the shift came before.
+    """
+    import pyarrow as pa
+
+    lengths = row_lengths(rows)
+    groups: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # room left -> the groups with exactly this room
+    rooms = 0  # bit r is set if a group with room r exists
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[row])
+        if fitting := rooms >> length << length:
+            room = (fitting & -fitting).bit_length() - 1  # the lowest bit: the smallest room that is large enough
+            group = by_room[room].pop()
+            rooms -= 0 if by_room[room] else 1 << room
+            groups[group].append(row)
+        else:
+            room, group = max_length, len(groups)
+            groups.append([row])
+        by_room.setdefault(room - length, []).append(group)
+        rooms |= 1 << (room - length)
+    order = np.array([row for group in groups for row in group], dtype=np.int64)
+    ends = np.cumsum([0, *(lengths[group].sum() for group in groups)], dtype=np.int32)
+    table = Rows.of(rows).table.take(order).combine_chunks()
+    columns = {key: table.column(key).combine_chunks().flatten() for key in KEYS}
+    return Rows(pa.table({key: pa.ListArray.from_arrays(ends, values) for key, values in columns.items()}))
+
+
+# --- the rows of a run ---
+
+
+def load_rows(config: DistillConfig, tokenizer) -> tuple[Rows, Rows]:
+    """Return the training and the held-out rows of a run: read, tokenised, limited, packed.
+
+    The first process makes the rows and keeps them as Arrow in the cache folder of `datasets`, while the others wait.
+    Other content, another tokenizer or other settings give another file.
 
     Raises:
-        UsageError: what `open_source` and `documents_of` raise; no chat template for conversations; nothing to learn;
-            or too little to hold some out.
+        UsageError: the data cannot be read (see `open_source`, `read_block`), has conversations without a chat
+            template, has nothing to learn, or is too small to hold a part out; the cache cannot be written.
     """
-    separate = config.eval_dataset is not None or config.eval_split is not None
-    eval_dataset, eval_split = config.eval_dataset or config.dataset, config.eval_split or config.dataset_split
-    parts = ("all", "all") if separate else ("train", "held_out")
-    same_split = eval_split == config.dataset_split or config.dataset == "embedded"  # which has but one
-    if separate and eval_dataset == config.dataset and same_split:
+    train, held_out = (_load(open_source(config, part), config, tokenizer) for part in ("train", "eval"))
+    return train, held_out
+
+
+def _load(source: Source, config: DistillConfig, tokenizer) -> Rows:
+    if source.kind != "texts":
+        check_chat_template(tokenizer, source.name)
+    rows = cached_rows(source, config, tokenizer)
+    if not rows:
+        remedy = f", another eval_fraction (now {source.held_out:g}), or an eval_split" if source.held_out else ""
         raise UsageError(
-            f"eval_dataset {eval_dataset}, split {eval_split}, is what is trained on: name another, or leave both "
-            "eval_dataset and eval_split out, which holds out eval_fraction of the samples"
+            f"{source.name} has nothing {'to learn' if source.part == 'train' else 'to evaluate on'}: of "
+            f"{rows.counts['samples']:,} samples, {rows.counts['dropped']:,} have no token in the loss (no assistant "
+            f"turn within max_length, or no text). Give more data{remedy}"
         )
-    return (
-        _part_rows(config, tokenizer, config.dataset, config.dataset_split, parts[0], config.max_train_tokens),
-        _part_rows(config, tokenizer, eval_dataset, eval_split, parts[1], config.max_eval_tokens),
-    )
+    return rows
 
 
-def _part_rows(config, tokenizer, name: str, split: str, part: str, max_tokens: int | None) -> Sequence[dict]:
-    counts: Counter = Counter()
-
-    def rows(documents: Iterable[Document]) -> Iterator[dict]:
-        rows = up_to(make_rows(documents, tokenizer, config.max_length, config.truncation_mode, counts), max_tokens)
-        for row in _pack_in_parts(rows, config.max_length) if config.packing else rows:
-            counts["tokens"] += count_tokens([row])
-            yield row
-
-    if name == "embedded":
-        documents = embedded_documents()
-        if part != "all":
-            documents = split_documents(documents, config.eval_fraction)[part == "held_out"]
-        documents = random.Random(0).sample(documents, len(documents))  # the same text whatever the seed of the run
-        found = Rows(rows(documents), counts)
-    else:
-        source = open_source(config, name, split)
-        if source.kind != "texts":
-            check_chat_template(tokenizer, source.name)
-        file = _cache_file(config, tokenizer, source, part, max_tokens)
-        found = cached_rows(file, lambda: rows(documents_of(source, config, part)), counts, source.name)
-        found.origin = (
-            f"{'texts' if source.kind == 'texts' else 'conversations'} of column {' and '.join(source.columns)}"
-        )
-    if found:
-        return found
-    samples = found.counts["samples"]
-    if part == "all" or samples:
-        raise UsageError(
-            f"{name}, split {split}, has nothing to learn: of {samples:,} samples {found.counts['dropped']:,} have no "
-            "token in the loss (no turn of the assistant within max_length, or no text): give others, or raise it"
-        )
-    raise UsageError(
-        f"{name}, split {split}, leaves no {'training' if part == 'train' else 'held-out'} sample (eval_fraction "
-        f"{config.eval_fraction:g}): give more text, another eval_fraction, an eval_split or an eval_dataset"
-    )
-
-
-def _pack_in_parts(rows: Iterable[dict], max_length: int) -> Iterator[dict]:
-    waiting, tokens = [], 0
-    for row in rows:
-        waiting.append(row)
-        tokens += len(row["input_ids"])
-        if tokens >= PACK_TOKENS:
-            yield from pack(waiting, max_length)
-            waiting, tokens = [], 0
-    yield from pack(waiting, max_length)
-
-
-def _cache_file(config, tokenizer, source: Source, part: str, max_tokens: int | None) -> Path:
+def cache_file(source: Source, config: DistillConfig, tokenizer) -> Path:
+    """Return the file of a source's rows. Everything that can change a row changes its name."""
     import datasets
 
-    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab()))
+    fields = [field.name for field in dataclasses.fields(DataFields) if not field.metadata.get("may_change")]
+    if source.part == "train":  # tokenised once for all ways to evaluate
+        fields = [name for name in fields if not name.startswith(("eval_", "max_eval_"))]
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()  # each call sets these two again, so they say nothing about rows
+        tokenizer.backend_tokenizer.no_padding()
+        model = tokenizer.backend_tokenizer.to_str()
+    else:
+        model = sorted(tokenizer.get_vocab().items())
+    options = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token", "split_special_tokens")]
     key = [
-        CACHE_VERSION, source.fingerprint, source.kind, source.columns, part, config.eval_fraction, max_tokens,
-        config.max_length, config.truncation_mode, config.packing, config.streaming, backend, tokenizer.eos_token,
-        tokenizer.chat_template if source.kind != "texts" else None,
+        CACHE_VERSION, source._replace(samples=None), {name: getattr(config, name) for name in fields},
+        type(tokenizer).__name__, model, options, tokenizer.special_tokens_map, tokenizer.chat_template,
     ]  # fmt: skip
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32]
     return Path(datasets.config.HF_DATASETS_CACHE) / "kdkit" / f"{name}.arrow"
 
 
+def cached_rows(source: Source, config: DistillConfig, tokenizer) -> Rows:
+    """Return the rows of a source from an Arrow file, which is made first if it does not exist.
+
+    The file is complete or does not exist, also after a kill or a power failure. The counts are in it, too, with an
+    empty batch at its end.
+
+    Raises:
+        UsageError: the disk is full, or the folder is not writable.
+    """
+    import pyarrow as pa
+    from filelock import FileLock
+
+    file = cache_file(source, config, tokenizer)
+    temporary = file.with_suffix(".writing")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
+            if not file.exists():
+                try:
+                    _write(temporary, source, config, tokenizer)
+                    os.replace(temporary, file)
+                    sync(file.parent)
+                finally:
+                    temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise explain("the cache of", source.name, error, f"{file.parent} has to be writable") from error
+    reader = pa.ipc.open_file(pa.memory_map(str(file)))
+    *batches, (_, last) = [reader.get_batch_with_custom_metadata(i) for i in range(reader.num_record_batches)]
+    table = pa.Table.from_batches([batch for batch, _ in batches], reader.schema)
+    kind = "texts" if source.kind == "texts" else "conversations"
+    return Rows(table, json.loads(last["counts"]), f"{kind} of column {' and '.join(source.columns)}")
+
+
+def _write(file: Path, source: Source, config: DistillConfig, tokenizer) -> None:
+    import pyarrow as pa
+
+    schema, counts = Rows.of([]).table.schema, Counter()
+    with open(file, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for rows in _limit_and_pack(_tokenized(source, config, tokenizer), source, config, counts):
+            writer.write_table(rows.table)
+        writer.write_batch(pa.RecordBatch.from_pylist([], schema), {"counts": json.dumps(counts)})
+    sync(file)
+
+
+def _limit_and_pack(parts: Iterator[Rows], source: Source, config: DistillConfig, counts: Counter) -> Iterator[Rows]:
+    """Yield rows up to the one that reaches max_train_tokens or max_eval_tokens, packed if configured; count them."""
+    import pyarrow as pa
+    from tqdm import tqdm
+
+    limit = (config.max_train_tokens if source.part == "train" else config.max_eval_tokens) or math.inf
+    waiting, tokens = [Rows.of([]).table], 0
+    progress = tqdm(desc=f"tokenise {source.name}", unit=" samples", delay=2 * SECONDS_ALONE)
+    for rows in itertools.chain(parts, [None]):
+        if rows is not None:
+            counts.update(rows.counts)
+            progress.update(rows.counts["samples"])
+            totals = np.cumsum(row_lengths(rows))
+            waiting.append(rows.table.slice(0, int(np.searchsorted(totals, limit)) + 1))
+            tokens, limit = tokens + totals[-1:].sum(), limit - totals[-1:].sum()
+        if rows is None or limit <= 0 or tokens >= PACK_TOKENS or not config.packing:
+            together = Rows(pa.concat_tables(waiting))
+            together = pack(together, config.max_length) if config.packing else together
+            counts["tokens"] += count_tokens(together)
+            yield together
+            waiting, tokens = waiting[:1], 0
+        if limit <= 0:
+            break
+    progress.close()
+
+
+def _tokenized(source: Source, config: DistillConfig, tokenizer) -> Iterator[Rows]:
+    """Yield the rows of each block of samples, in order; after SECONDS_ALONE made by several processes."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_proc, start = config.num_proc or max(cores - 1, 1), time.monotonic()
+    blocks, job = blocks_of(source), (source, tokenizer, config.max_length, config.truncation_mode)
+    for block in blocks:
+        yield _tokenize(block, *job)
+        if num_proc > 1 and time.monotonic() - start >= SECONDS_ALONE:
+            break
+    else:
+        return
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    # A fork imports nothing and copies no tokenizer. It is safe, since these processes do not use torch or its threads.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool, pending = ProcessPoolExecutor(num_proc, context, _set_job, job), deque()
+    try:
+        for block in blocks:
+            pending.append(pool.submit(_tokenize, block))
+            if len(pending) >= 4 * num_proc:  # limits the memory, and what is tokenised in vain
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_job: tuple = ()  # of a process that tokenises
+
+
+def _set_job(*job) -> None:
+    global _job
+    _job = job
+
+
+def _tokenize(block: Block, *job) -> Rows:
+    source, tokenizer, max_length, truncation_mode = job or _job
+    samples = list(make_rows(read_block(source, block), tokenizer, max_length, truncation_mode))
+    rows = Rows.of([row for rows, _ in samples for row in rows])
+    rows.counts.update(
+        samples=len(samples), too_long=sum(long for _, long in samples), dropped=sum(not rows for rows, _ in samples)
+    )
+    return rows
+
+
 def describe_rows(rows: Sequence[dict], config: DistillConfig) -> list[str]:
-    """Lines about the columns that were read, and what was cut and left out when the rows were made."""
-    counts = getattr(rows, "counts", Counter())
-    lines = [rows.origin] if isinstance(rows, MappedRows) else []
-    if counts["too_long"]:
+    """Return lines that say which columns were read, and how many samples were cut or left out."""
+    rows = Rows.of(rows)
+    samples, too_long, dropped = (rows.counts[name] for name in ("samples", "too_long", "dropped"))
+    lines = [rows.origin] if rows.origin else []
+    if too_long:
         mode = config.truncation_mode or "split if texts, keep_start if conversations"
-        lines.append(
-            f"{counts['too_long']:,} of {counts['samples']:,} samples have over {config.max_length:,} tokens: {mode}"
-        )
-    if counts["dropped"]:
-        lines.append(f"{counts['dropped']:,} of {counts['samples']:,} samples are left out: nothing in them to learn")
+        lines.append(f"{too_long:,} of {samples:,} samples have over {config.max_length:,} tokens: {mode}")
+    if dropped:
+        lines.append(f"{dropped:,} of {samples:,} samples are left out: nothing in them to learn")
     return lines
 
 
-class Steps(Dataset):
-    """The optimizer steps of a run as one rank sees them: item i is the list of micro-batches of step i.
+# --- steps and batches ---
 
-    Each epoch takes the rows in an order of its own, which follows from the seed and the epoch alone. A step is a
-    consecutive part of that order, whatever the number of ranks and micro-batches it is cut into, and each row is in
-    one step of the epoch: so runs on one rank or many see the same steps, and going on from step i is a slice.
 
-    The last step of an epoch has what is left. All ranks have the same number of micro-batches in it; one for which
-    no row is left gets a micro-batch without a label, since it has to take part in what the ranks do together.
+class Steps:
+    """The optimizer steps of a run on one rank: `steps[i]` is the list of micro-batches of step i.
+
+    Each epoch has its own order of the rows, which depends on the seed and the epoch only. A step is a consecutive
+    part of this order, for any number of ranks and micro-batches, and every row is in exactly one step of the epoch.
+    So one rank and many ranks compute the same steps, and a run resumes at step i without computing the others.
+
+    The last step of an epoch has the rows that are left. All ranks have the same number of micro-batches in it: a
+    rank without a row gets a micro-batch without a label, since it has to take part in the communication.
     """
 
-    def __init__(self, rows: list[dict], config: DistillConfig, pad_token_id: int, rank: int = 0, num_ranks: int = 1):
+    def __init__(
+        self, rows: Sequence[dict], config: DistillConfig, pad_token_id: int, rank: int = 0, num_ranks: int = 1
+    ):
         self.rows, self.pad_token_id, self.seed = rows, pad_token_id, config.seed
         self.batch_size, self.rank, self.num_ranks = config.batch_size, rank, num_ranks
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * num_ranks
@@ -162,7 +336,7 @@ class Steps(Dataset):
         return self.num_steps
 
     def step_rows(self, step: int) -> list[int]:
-        """The indices of the rows of a step, over all ranks."""
+        """Return the indices of the rows of a step, on all ranks."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             order = list(range(len(self.rows)))
@@ -171,18 +345,15 @@ class Steps(Dataset):
         return self._order[1][position * self.rows_per_step : (position + 1) * self.rows_per_step]
 
     def useful_share(self) -> float:
-        """Tokens in the loss by positions that are computed, padding included, in an epoch on all ranks."""
-        lengths, positions = row_lengths(self.rows), 0
-        for step in range(self.steps_per_epoch):
-            step_rows = self.step_rows(step)
-            for rank in range(self.num_ranks):
-                mine = [lengths[row] for row in step_rows[rank :: self.num_ranks]]
-                for start in range(0, len(mine), self.batch_size):
-                    micro_batch = mine[start : start + self.batch_size]
-                    positions += max(micro_batch) * len(micro_batch)
-        return count_tokens(self.rows) / positions
+        """Return tokens in the loss / computed positions, padding included, in the first epoch on all ranks."""
+        self.step_rows(0)
+        lengths = np.zeros(self.steps_per_epoch * self.rows_per_step, dtype=np.int64)
+        lengths[: len(self.rows)] = row_lengths(self.rows)[self._order[1]]
+        micro_batches = lengths.reshape(-1, self.batch_size, self.num_ranks)  # a rank has every num_ranks-th row
+        positions = micro_batches.max(axis=1) * (micro_batches > 0).sum(axis=1)
+        return count_tokens(self.rows) / int(positions.sum())
 
-    def __getitem__(self, step: int) -> list[dict[str, torch.Tensor]]:
+    def __getitem__(self, step: int) -> list[dict]:
         if not 0 <= step < self.num_steps:
             raise IndexError(step)
         step_rows = self.step_rows(step)
@@ -192,127 +363,26 @@ class Steps(Dataset):
         for start in range(0, num_micro_batches * self.batch_size, self.batch_size):
             indices = mine[start : start + self.batch_size]
             rows = [self.rows[index] for index in indices] or [empty_row(self.pad_token_id)]
-            micro_batches.append({**collate(rows, self.pad_token_id), "train_rows": indices})
+            micro_batches.append({**collate(rows, self.pad_token_id), "row_ids": indices})
         return micro_batches
 
 
-# --- rows ---
-
-
-class Rows(list):
-    """Rows in memory, and what was counted when they were made."""
-
-    def __init__(self, rows: Iterable[dict], counts: Counter):
-        super().__init__(rows)
-        self.counts = counts
-
-
-class MappedRows(Sequence):
-    """Rows in an Arrow file, read when asked for, and what was counted when they were made."""
-
-    def __init__(self, file: Path):
-        import datasets
-
-        self.origin = ""  # the columns they were made of
-        self.dataset = datasets.Dataset.from_file(str(file))
-        self.counts = Counter(json.loads(file.with_suffix(".json").read_text()))
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int | slice) -> dict | list[dict]:
-        if isinstance(index, slice):
-            return [self.dataset[i] for i in range(*index.indices(len(self)))]
-        return self.dataset[index]
-
-
-def cached_rows(file: Path, make: Callable[[], Iterable[dict]], counts: Counter, name: str) -> MappedRows:
-    """The rows in an Arrow file, which the first process to come makes, while the others wait for it.
-
-    The file is complete or it is not there.
-
-    Args:
-        file: where they are kept.
-        make: called for the rows when the file is not there.
-        counts: what `make` counts; kept in a JSON file beside.
-        name: of the data, for messages.
-
-    Raises:
-        UsageError: no room on the disk, or a folder that cannot be written.
-    """
-    import pyarrow as pa
-    from filelock import FileLock
-
-    schema = pa.schema([(key, pa.list_(pa.int32())) for key in ("input_ids", "labels", "position_ids")])
-    aside = file.with_suffix(".writing")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix(".lock")):
-            if not file.exists():
-                with open(aside, "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
-                    rows = iter(make())
-                    while batch := list(itertools.islice(rows, 1000)):
-                        stream.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-                file.with_suffix(".json").write_text(json.dumps(counts))
-                os.replace(aside, file)
-    except OSError as error:
-        raise explain("the cache of", name, error, f"{file.parent} has to be writable") from error
-    return MappedRows(file)
-
-
-def count_tokens(rows: Sequence[dict]) -> int:
-    """Tokens in the loss."""
-    if isinstance(rows, MappedRows):
-        return rows.counts["tokens"]
-    return sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
-
-
-def row_lengths(rows: Sequence[dict]) -> list[int]:
-    """Tokens of each row."""
-    if isinstance(rows, MappedRows):
-        import pyarrow.compute as pc
-
-        return pc.list_value_length(rows.dataset.data.column("input_ids")).to_pylist()
-    return [len(row["input_ids"]) for row in rows]
-
-
 def empty_row(pad_token_id: int) -> dict:
-    """A row without a label, for a rank that has none left but has to take part in what the ranks do together."""
+    """Return a row without a label, for a rank that has no row left but takes part in the communication."""
     return {"input_ids": [pad_token_id], "labels": [IGNORE_INDEX], "position_ids": [0]}
 
 
-def pack(rows: list[dict], max_length: int) -> list[dict]:
-    """Join rows into fuller ones, best fit first: each goes where it leaves the least room (decreasing length).
-
-    Documents stay apart: positions start at 0 in each, from which transformers' attention (eager and sdpa) builds
-    a mask that lets none see another, and no label crosses a boundary, since the shift came before.
-    """
-    bins: list[list[dict]] = []
-    open_bins: dict[int, list[int]] = {}  # room left -> bins with just that room
-    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
-        length = len(row["input_ids"])
-        room = next((r for r in range(length, max_length) if open_bins.get(r)), max_length)
-        if room == max_length:
-            bins.append([])
-            index = len(bins) - 1
-        else:
-            index = open_bins[room].pop()
-        bins[index].append(row)
-        open_bins.setdefault(room - length, []).append(index)
-    return [{key: [x for row in group for x in row[key]] for key in group[0]} for group in bins]
-
-
-def collate(rows: list[dict], pad_token_id: int, length: int | None = None) -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[dict], pad_token_id: int, length: int | None = None) -> dict[str, torch.Tensor]:
     """Pad rows on the right to the longest (or to `length`) and stack them: three tensors of (B, S), int64.
 
-    Padding is a document of its own (positions from 0 again) with no label; it is told by its labels, never by its
-    token id, which may well be that of the end of text.
+    The padding is a document of its own (positions from 0) without labels. Only its labels mark it: its token id can
+    be the one of the end of text, which is learned.
     """
     length = length or max(len(row["input_ids"]) for row in rows)
     batch = {"input_ids": [], "labels": [], "position_ids": []}
     for row in rows:
         padding = length - len(row["input_ids"])
-        batch["input_ids"].append(row["input_ids"] + [pad_token_id] * padding)
-        batch["labels"].append(row["labels"] + [IGNORE_INDEX] * padding)
-        batch["position_ids"].append(row["position_ids"] + list(range(padding)))
-    return {key: torch.tensor(value) for key, value in batch.items()}
+        batch["input_ids"].append([*row["input_ids"], *[pad_token_id] * padding])
+        batch["labels"].append([*row["labels"], *[IGNORE_INDEX] * padding])
+        batch["position_ids"].append([*row["position_ids"], *range(padding)])
+    return {key: torch.tensor(values) for key, values in batch.items()}
