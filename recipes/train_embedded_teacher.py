@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kdkit.config import DistillConfig
 from kdkit.data import Steps, count_tokens, load_rows
-from kdkit.data.sources import blocks_of, open_source, read_block
+from kdkit.data.sources import documents_of, open_source
 from kdkit.evaluate import evaluate
 from kdkit.models import ASSETS, BodyAndHead, count_parameters
 from kdkit.train import learning_rate, make_loss, make_optimizer
@@ -96,8 +96,7 @@ def main() -> None:
     torch.set_num_threads(1)  # sums then have one order on any machine
     torch.manual_seed(CONFIG.seed)
     source = open_source(CONFIG, "train")
-    texts = [document.text for block in blocks_of(source) for document in read_block(source, block)]
-    tokenizer = train_tokenizer(texts)
+    tokenizer = train_tokenizer([document.text for document in documents_of(source)])
     train_rows, eval_rows = load_rows(CONFIG, tokenizer)
     steps = Steps(train_rows, CONFIG, tokenizer.pad_token_id)
     model = make_model().train()

@@ -17,6 +17,7 @@ from kdkit.data import (
     Rows,
     Steps,
     batches,
+    chat,
     collate,
     count_tokens,
     describe_rows,
@@ -55,7 +56,7 @@ def words(path, count=200):
     return json_lines(path, *({"text": f"text number {i} " * (i % 7 + 1)} for i in range(count)))
 
 
-def chat(*answers):
+def messages(*answers):
     return {"messages": [{"role": r, "content": c} for c in answers for r in ("user", "assistant")]}
 
 
@@ -94,10 +95,9 @@ def test_a_document_in_a_packed_row_has_the_same_hidden_states_as_alone(tokenize
             start += len(alone)
 
 
-def test_rows_from_the_cache_behave_like_a_list(small, tokenizer, tmp_path):
-    rows, _ = load_rows(
-        small(dataset=words(tmp_path / "a.jsonl", 900), packing=False, max_train_tokens=None), tokenizer
-    )
+def test_rows_from_the_cache_behave_like_a_list(small, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "PACK_TOKENS", 500)
+    rows, _ = load_rows(small(dataset=words(tmp_path / "a.jsonl"), packing=False), tokenizer)
     assert rows.table.column("labels").num_chunks > 3
     as_list = list(rows)
     assert rows[1::3] == as_list[1::3] and rows[-1] == as_list[-1] and len(rows) == len(as_list)
@@ -213,8 +213,8 @@ def test_training_and_held_out_rows_have_no_document_in_common(small, tokenizer,
 
 def test_conversations_become_rows_and_the_other_split_is_held_out(small, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", CHATML)
-    json_lines(tmp_path / "train.jsonl", *(chat(f"answer {i}", "more") for i in range(9)))
-    json_lines(tmp_path / "test.jsonl", chat("held out"))
+    json_lines(tmp_path / "train.jsonl", *(messages(f"answer {i}", "more") for i in range(9)))
+    json_lines(tmp_path / "test.jsonl", messages("held out"))
     train, held_out = load_rows(small(dataset=str(tmp_path), eval_split="test"), tokenizer)
     assert train.counts["samples"] == 9 and held_out.counts["samples"] == 1
     labels = [label for label in held_out[0]["labels"] if label != IGNORE_INDEX]
@@ -239,12 +239,12 @@ def test_data_without_a_row_is_refused(small, tokenizer, tmp_path, monkeypatch, 
 
 def test_conversations_for_a_tokenizer_without_a_template_are_refused(small, tokenizer, tmp_path):
     with pytest.raises(UsageError, match=r"a\.jsonl.*has conversations.*no chat template"):
-        load_rows(small(dataset=json_lines(tmp_path / "a.jsonl", chat("x"))), tokenizer)
+        load_rows(small(dataset=json_lines(tmp_path / "a.jsonl", messages("x"))), tokenizer)
 
 
 def test_what_was_cut_and_left_out_is_described(small, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", CHATML)
-    records = [chat("word " * 60), chat("short"), {"messages": [{"role": "user", "content": "hi"}]}]
+    records = [messages("word " * 60), messages("short"), {"messages": [{"role": "user", "content": "hi"}]}]
     config = small(dataset=json_lines(tmp_path / "a.jsonl", *records), eval_dataset="embedded", max_train_tokens=None)
     columns, long, dropped = describe_rows(load_rows(config, tokenizer)[0], config)
     assert columns == "conversations of column messages"
@@ -260,13 +260,13 @@ def test_several_processes_give_the_same_rows_as_one(small, tokenizer, tmp_path,
     fields = {"dataset": words(tmp_path / "a.jsonl", 1500), "max_train_tokens": 10**9, **fields}
     one, _ = load_rows(small(num_proc=1, **fields), tokenizer)
     monkeypatch.setattr(batches, "CACHE_VERSION", "other")
-    monkeypatch.setattr(batches, "SECONDS_ALONE", 0)
+    monkeypatch.setattr(chat, "SECONDS_ALONE", 0)
     two, _ = load_rows(small(num_proc=2, **fields), tokenizer)
     assert rows_digest(one) == rows_digest(two) and one.counts == two.counts
 
 
 def test_a_mistake_found_in_another_process_is_one_line(small, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "SECONDS_ALONE", 0)
+    monkeypatch.setattr(chat, "SECONDS_ALONE", 0)
     file = json_lines(tmp_path / "a.jsonl", *[{"text": "words"}] * 1500, {"other": 1})
     with pytest.raises(UsageError, match=r"a\.jsonl, split train, row 1501 has no text") as error:
         load_rows(small(dataset=file, num_proc=2, max_train_tokens=None), tokenizer)
@@ -318,8 +318,8 @@ def test_another_tokenizer_changes_the_cache_and_a_call_of_it_does_not(small, ch
 
 
 def test_the_first_process_makes_the_rows_and_the_others_wait(small, tokenizer, tmp_path, monkeypatch):
-    calls, make = [], batches.make_rows
-    monkeypatch.setattr(batches, "make_rows", lambda *args: calls.append(1) or time.sleep(0.2) or make(*args))
+    calls, make = [], batches.tokenize
+    monkeypatch.setattr(batches, "tokenize", lambda *args: calls.append(1) or time.sleep(0.2) or make(*args))
     config = small(dataset=words(tmp_path / "a.jsonl"))
     with ThreadPoolExecutor(2) as pool:  # two ranks, and then another run
         found = list(pool.map(lambda rank: load_rows(config, tokenizer), range(2)))
@@ -366,7 +366,7 @@ def test_a_full_disk_is_named_and_leaves_no_file(small, tokenizer, tmp_path, mon
 
 def test_a_row_is_shown_with_the_loss_marked(small, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", CHATML)
-    file = json_lines(tmp_path / "a.jsonl", chat("one"), chat("two"))
+    file = json_lines(tmp_path / "a.jsonl", messages("one"), messages("two"))
     (row,), _ = load_rows(small(dataset=file, eval_dataset="embedded", max_train_tokens=None), tokenizer)
     plain = show_row(row, tokenizer, colour=False)
     for word in ("one", "two"):

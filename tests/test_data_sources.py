@@ -8,7 +8,7 @@ import pytest
 from datasets.exceptions import DatasetGenerationError
 
 from kdkit.config import UsageError
-from kdkit.data.sources import BLOCK, EMBEDDED, blocks_of, open_source, read_block
+from kdkit.data.sources import EMBEDDED, documents_of, open_source
 
 # --- datasets: what is read
 
@@ -16,8 +16,7 @@ from kdkit.data.sources import BLOCK, EMBEDDED, blocks_of, open_source, read_blo
 def read(small, dataset, part="train", **fields):
     """The documents of a part. Nothing is held out unless `held_out` is given."""
     fields = fields if fields.pop("held_out", False) else {"eval_dataset": "embedded", **fields}
-    source = open_source(small(dataset=str(dataset), **fields), part)
-    return [document for block in blocks_of(source) for document in read_block(source, block)]
+    return list(documents_of(open_source(small(dataset=str(dataset), **fields), part)))
 
 
 def json_lines(path, *records):
@@ -97,13 +96,11 @@ def test_training_data_as_evaluation_data_is_refused(small, tmp_path, monkeypatc
         read(small, "a.jsonl", held_out=True, **fields)
 
 
-def test_a_stream_is_read_no_further_than_a_block(small, tmp_path):
-    file = json_lines(tmp_path / "a.jsonl", *({"text": f"sample {i}"} for i in range(3 * BLOCK)))
+def test_a_stream_is_read_no_further_than_needed(small, tmp_path):
+    file = json_lines(tmp_path / "a.jsonl", *({"text": f"sample {i}"} for i in range(300)))
     source, seen = open_source(small(dataset=str(file), eval_dataset="embedded", streaming=True), "train"), []
-    source = source._replace(samples=(seen.append(row) or row for row in source.samples))
-    block = next(blocks_of(source))
-    assert [document.text for document in read_block(source, block)] == [f"sample {i}" for i in range(BLOCK)]
-    assert len(seen) == BLOCK
+    documents = documents_of(source._replace(samples=(seen.append(row) or row for row in source.samples)))
+    assert [next(documents).text for _ in range(5)] == [f"sample {i}" for i in range(5)] and len(seen) == 5
 
 
 def test_conversations_are_read(small, tmp_path):

@@ -12,7 +12,7 @@ from kdkit.data.batches import (
     pack,
     row_lengths,
     rows_digest,
-)  # fmt: skip
+)
 
 __all__ = [
     "Rows", "Steps", "collate", "count_tokens", "describe_rows", "empty_row", "load_rows", "loss_tokens", "pack",

@@ -5,14 +5,11 @@ Shapes: B rows of a micro-batch, S tokens of a row. `kdkit.data.chat` says what 
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
 import random
-import sys
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,15 +17,14 @@ import numpy as np
 import torch
 
 from kdkit.config import DataFields, DistillConfig, UsageError
-from kdkit.data.chat import check_chat_template, make_rows
-from kdkit.data.sources import Block, Source, blocks_of, open_source, read_block
+from kdkit.data.chat import check_chat_template, tokenize
+from kdkit.data.sources import Source, documents_of, open_source
 from kdkit.losses import IGNORE_INDEX
 from kdkit.running.files import sync
 from kdkit.running.hub import explain
 
 KEYS = ("input_ids", "labels", "position_ids")
 PACK_TOKENS = 2**22  # packed together: enough to fill the rows well, and little enough for memory
-SECONDS_ALONE = 1.0  # tokenise this long in one process: small data does not need others
 CACHE_VERSION = 2  # increase it when the same data and settings give other rows
 
 
@@ -51,8 +47,10 @@ class Rows(Sequence):
         if isinstance(rows, cls):
             return rows
         ends = np.cumsum([0, *(len(row["input_ids"]) for row in rows)], dtype=np.int32)
-        columns = [np.concatenate([[], *(row[key] for row in rows)]).astype(np.int32) for key in KEYS]
-        return cls(pa.table({k: pa.ListArray.from_arrays(ends, x) for k, x in zip(KEYS, columns, strict=True)}))
+        values = {
+            key: np.concatenate([[], *(row[key] for row in rows)], dtype=np.int32, casting="unsafe") for key in KEYS
+        }
+        return cls(pa.table({key: pa.ListArray.from_arrays(ends, values[key]) for key in KEYS}))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -100,29 +98,22 @@ def pack(rows: Sequence[dict], max_length: int) -> Rows:
     Documents stay separate: positions start at 0 in each, so that transformers (eager and sdpa attention) build a
     mask that hides the others, and no label crosses a boundary, since the shift came before.
     """
-    import pyarrow as pa
-
-    lengths = row_lengths(rows)
-    groups: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # room left -> the groups with exactly this room
-    rooms = 0  # bit r is set if a group with room r exists
-    for row in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[row])
+    groups: list[list[dict]] = []
+    by_room: dict[int, list[list[dict]]] = {}  # room left -> the groups with exactly this room
+    rooms = 0  # bit r is set if a group has room r
+    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
+        length = len(row["input_ids"])
         if fitting := rooms >> length << length:
             room = (fitting & -fitting).bit_length() - 1  # the lowest bit: the smallest room that is large enough
             group = by_room[room].pop()
             rooms -= 0 if by_room[room] else 1 << room
-            groups[group].append(row)
         else:
-            room, group = max_length, len(groups)
-            groups.append([row])
+            room, group = max_length, []
+            groups.append(group)
+        group.append(row)
         by_room.setdefault(room - length, []).append(group)
         rooms |= 1 << (room - length)
-    order = np.array([row for group in groups for row in group], dtype=np.int64)
-    ends = np.cumsum([0, *(lengths[group].sum() for group in groups)], dtype=np.int32)
-    table = Rows.of(rows).table.take(order).combine_chunks()
-    columns = {key: table.column(key).combine_chunks().flatten() for key in KEYS}
-    return Rows(pa.table({key: pa.ListArray.from_arrays(ends, values) for key, values in columns.items()}))
+    return Rows.of([{key: np.concatenate([row[key] for row in group]) for key in KEYS} for group in groups])
 
 
 # --- the rows of a run ---
@@ -138,22 +129,21 @@ def load_rows(config: DistillConfig, tokenizer) -> tuple[Rows, Rows]:
         UsageError: the data cannot be read (see `open_source`, `read_block`), has conversations without a chat
             template, has nothing to learn, or is too small to hold a part out; the cache cannot be written.
     """
-    train, held_out = (_load(open_source(config, part), config, tokenizer) for part in ("train", "eval"))
-    return train, held_out
-
-
-def _load(source: Source, config: DistillConfig, tokenizer) -> Rows:
-    if source.kind != "texts":
-        check_chat_template(tokenizer, source.name)
-    rows = cached_rows(source, config, tokenizer)
-    if not rows:
-        remedy = f", another eval_fraction (now {source.held_out:g}), or an eval_split" if source.held_out else ""
-        raise UsageError(
-            f"{source.name} has nothing {'to learn' if source.part == 'train' else 'to evaluate on'}: of "
-            f"{rows.counts['samples']:,} samples, {rows.counts['dropped']:,} have no token in the loss (no assistant "
-            f"turn within max_length, or no text). Give more data{remedy}"
-        )
-    return rows
+    found = []
+    for part in ("train", "eval"):
+        source = open_source(config, part)
+        if source.kind != "texts":
+            check_chat_template(tokenizer, source.name)
+        rows = cached_rows(source, config, tokenizer)
+        if not rows:
+            remedy = f", another eval_fraction (now {source.held_out:g}), or an eval_split" if source.held_out else ""
+            raise UsageError(
+                f"{source.name} has nothing {'to learn' if part == 'train' else 'to evaluate on'}: of "
+                f"{rows.counts['samples']:,} samples, {rows.counts['dropped']:,} have no token in the loss (no "
+                f"assistant turn within max_length, or no text). Give more data{remedy}"
+            )
+        found.append(rows)
+    return tuple(found)
 
 
 def cache_file(source: Source, config: DistillConfig, tokenizer) -> Path:
@@ -198,6 +188,7 @@ def cached_rows(source: Source, config: DistillConfig, tokenizer) -> Rows:
             if not file.exists():
                 try:
                     _write(temporary, source, config, tokenizer)
+                    sync(temporary)
                     os.replace(temporary, file)
                     sync(file.parent)
                 finally:
@@ -213,86 +204,34 @@ def cached_rows(source: Source, config: DistillConfig, tokenizer) -> Rows:
 
 def _write(file: Path, source: Source, config: DistillConfig, tokenizer) -> None:
     import pyarrow as pa
-
-    schema, counts = Rows.of([]).table.schema, Counter()
-    with open(file, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for rows in _limit_and_pack(_tokenized(source, config, tokenizer), source, config, counts):
-            writer.write_table(rows.table)
-        writer.write_batch(pa.RecordBatch.from_pylist([], schema), {"counts": json.dumps(counts)})
-    sync(file)
-
-
-def _limit_and_pack(parts: Iterator[Rows], source: Source, config: DistillConfig, counts: Counter) -> Iterator[Rows]:
-    """Yield rows up to the one that reaches max_train_tokens or max_eval_tokens, packed if configured; count them."""
-    import pyarrow as pa
     from tqdm import tqdm
 
+    counts = Counter()
     limit = (config.max_train_tokens if source.part == "train" else config.max_eval_tokens) or math.inf
-    waiting, tokens = [Rows.of([]).table], 0
-    progress = tqdm(desc=f"tokenise {source.name}", unit=" samples", delay=2 * SECONDS_ALONE)
-    for rows in itertools.chain(parts, [None]):
-        if rows is not None:
-            counts.update(rows.counts)
-            progress.update(rows.counts["samples"])
-            totals = np.cumsum(row_lengths(rows))
-            waiting.append(rows.table.slice(0, int(np.searchsorted(totals, limit)) + 1))
-            tokens, limit = tokens + totals[-1:].sum(), limit - totals[-1:].sum()
-        if rows is None or limit <= 0 or tokens >= PACK_TOKENS or not config.packing:
-            together = Rows(pa.concat_tables(waiting))
-            together = pack(together, config.max_length) if config.packing else together
-            counts["tokens"] += count_tokens(together)
-            yield together
-            waiting, tokens = waiting[:1], 0
-        if limit <= 0:
-            break
-    progress.close()
+    made = tokenize(documents_of(source), tokenizer, config.max_length, config.truncation_mode, config.num_proc)
+
+    def counted() -> Iterator[dict]:
+        for rows, too_long in tqdm(made, f"tokenise {source.name}", unit=" samples", delay=2):
+            counts.update(samples=1, too_long=too_long, dropped=not rows)
+            yield from rows
+
+    rows, empty = _up_to(counted(), limit), Rows.of([]).table
+    with open(file, "wb") as sink, pa.ipc.new_file(sink, empty.schema) as writer:
+        while part := list(_up_to(rows, PACK_TOKENS)):
+            part = pack(part, config.max_length) if config.packing else Rows.of(part)
+            counts["tokens"] += count_tokens(part)
+            writer.write_table(part.table)
+        writer.write_batch(pa.RecordBatch.from_pylist([], empty.schema), {"counts": json.dumps(counts)})
 
 
-def _tokenized(source: Source, config: DistillConfig, tokenizer) -> Iterator[Rows]:
-    """Yield the rows of each block of samples, in order; after SECONDS_ALONE made by several processes."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_proc, start = config.num_proc or max(cores - 1, 1), time.monotonic()
-    blocks, job = blocks_of(source), (source, tokenizer, config.max_length, config.truncation_mode)
-    for block in blocks:
-        yield _tokenize(block, *job)
-        if num_proc > 1 and time.monotonic() - start >= SECONDS_ALONE:
-            break
-    else:
-        return
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
-    # A fork imports nothing and copies no tokenizer. It is safe, since these processes do not use torch or its threads.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool, pending = ProcessPoolExecutor(num_proc, context, _set_job, job), deque()
-    try:
-        for block in blocks:
-            pending.append(pool.submit(_tokenize, block))
-            if len(pending) >= 4 * num_proc:  # limits the memory, and what is tokenised in vain
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_job: tuple = ()  # of a process that tokenises
-
-
-def _set_job(*job) -> None:
-    global _job
-    _job = job
-
-
-def _tokenize(block: Block, *job) -> Rows:
-    source, tokenizer, max_length, truncation_mode = job or _job
-    samples = list(make_rows(read_block(source, block), tokenizer, max_length, truncation_mode))
-    rows = Rows.of([row for rows, _ in samples for row in rows])
-    rows.counts.update(
-        samples=len(samples), too_long=sum(long for _, long in samples), dropped=sum(not rows for rows, _ in samples)
-    )
-    return rows
+def _up_to(rows: Iterator[dict], limit: float) -> Iterator[dict]:
+    """Yield rows up to the one that reaches a limit on the number of tokens."""
+    tokens = 0
+    for row in rows:
+        yield row
+        tokens += len(row["input_ids"])
+        if tokens >= limit:
+            return
 
 
 def describe_rows(rows: Sequence[dict], config: DistillConfig) -> list[str]:
@@ -322,9 +261,7 @@ class Steps:
     rank without a row gets a micro-batch without a label, since it has to take part in the communication.
     """
 
-    def __init__(
-        self, rows: Sequence[dict], config: DistillConfig, pad_token_id: int, rank: int = 0, num_ranks: int = 1
-    ):
+    def __init__(self, rows: Sequence[dict], config: DistillConfig, pad_token_id: int, rank=0, num_ranks=1):
         self.rows, self.pad_token_id, self.seed = rows, pad_token_id, config.seed
         self.batch_size, self.rank, self.num_ranks = config.batch_size, rank, num_ranks
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * num_ranks

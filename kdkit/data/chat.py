@@ -4,14 +4,71 @@ A *row* is a dict of three sequences of equal length: `input_ids`, `labels` (the
 and `position_ids` (from 0 in each document). The causal shift happens here, in `make_rows`, and nowhere else.
 """
 
+import itertools
+import os
 import re
-from collections.abc import Iterator
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from kdkit.config import UsageError
 from kdkit.data.sources import Document
 from kdkit.losses import IGNORE_INDEX
+
+BLOCK = 200  # documents that are tokenised together
+SECONDS_ALONE = 1.0  # how long one process tokenises before it starts others
+
+
+def tokenize(
+    documents: Iterable[Document], tokenizer, max_length: int, truncation_mode: str | None, num_proc: int | None = 1
+) -> Iterator[tuple[list[dict], bool]]:
+    """Yield what `make_rows` makes of each document, in order.
+
+    Args:
+        documents, tokenizer, max_length, truncation_mode: see `make_rows`.
+        num_proc: the number of processes that are started after SECONDS_ALONE. Smaller data is done before that.
+    """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_proc, start, documents = num_proc or max(cores - 1, 1), time.monotonic(), iter(documents)
+    blocks = iter(lambda: list(itertools.islice(documents, BLOCK)), [])
+    job = (tokenizer, max_length, truncation_mode)
+    for block in blocks:
+        yield from make_rows(block, *job)
+        if num_proc > 1 and time.monotonic() - start >= SECONDS_ALONE:
+            break
+    else:
+        return
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    # A fork imports nothing and copies no tokenizer. It is safe, since these processes do not use torch or its threads.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool, pending = ProcessPoolExecutor(num_proc, context, _set_job, job), deque()
+    try:
+        for block in blocks:
+            pending.append(pool.submit(_do_job, block))
+            if len(pending) == 4 * num_proc:  # limits the memory, and what is tokenised in vain
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_job = ()  # in a process that tokenises: the arguments of `make_rows`
+
+
+def _set_job(*job) -> None:
+    global _job
+    _job = job
+
+
+def _do_job(block: list[Document]) -> list[tuple[list[dict], bool]]:
+    return list(make_rows(block, *_job))
 
 
 def make_rows(
@@ -34,43 +91,35 @@ def make_rows(
         For each document its rows, as int32 arrays, and whether it was longer than max_length. A document without a
         token to learn has no rows.
     """
-    chats = [document for document in documents if document.messages is not None and document.turns]
-    tokenized_texts, tokenized_chats = _tokenize_texts(documents, tokenizer), tokenize_conversations(chats, tokenizer)
+    texts = _tokenize_texts([document.text for document in documents if document.messages is None], tokenizer)
+    chats = tokenize_conversations([document for document in documents if document.turns], tokenizer)
     for document in documents:
         if document.messages is not None and not document.turns:
             yield [], False
             continue
-        ids, learned = next(tokenized_texts if document.messages is None else tokenized_chats)
+        ids, learned = next(texts if document.messages is None else chats)
         ids = np.array(ids, dtype=np.int32)
-        is_learned = np.zeros(len(ids), dtype=bool)
+        labels = np.full_like(ids, IGNORE_INDEX)
         for tokens in learned:
-            is_learned[tokens.start : tokens.stop] = True
-        inputs, labels = ids[:-1], np.where(is_learned, ids, IGNORE_INDEX).astype(np.int32)[1:]  # the causal shift
-        too_long = len(inputs) > max_length
-        mode = (truncation_mode or ("split" if document.messages is None else "keep_start")) if too_long else "split"
-        starts = {
-            "split": range(0, len(inputs), max_length),
-            "keep_start": [0],
-            "keep_end": [len(inputs) - max_length],
-            "drop": [],
-        }[mode]
-        pieces = [slice(start, min(start + max_length, len(inputs))) for start in starts]
-        yield (
-            [
-                {
-                    "input_ids": inputs[piece],
-                    "labels": labels[piece],
-                    "position_ids": np.arange(piece.stop - piece.start, dtype=np.int32),
-                }
-                for piece in pieces
-                if (labels[piece] != IGNORE_INDEX).any()
-            ],
-            too_long,
-        )
+            labels[tokens.start : tokens.stop] = ids[tokens.start : tokens.stop]
+        row = {"input_ids": ids[:-1], "labels": labels[1:]}  # the causal shift
+        row["position_ids"] = np.arange(len(row["labels"]), dtype=np.int32)
+        rows, too_long = [row], len(row["labels"]) > max_length
+        if too_long:
+            mode = truncation_mode or ("split" if document.messages is None else "keep_start")
+            pieces = {
+                "split": [slice(start, start + max_length) for start in range(0, len(row["labels"]), max_length)],
+                "keep_start": [slice(max_length)],
+                "keep_end": [slice(-max_length, None)],
+                "drop": [],
+            }[mode]
+            rows = [{key: values[piece] for key, values in row.items()} for piece in pieces]
+            for row in rows:
+                row["position_ids"] = row["position_ids"] - row["position_ids"][0]
+        yield [row for row in rows if (row["labels"] != IGNORE_INDEX).any()], too_long
 
 
-def _tokenize_texts(documents: list[Document], tokenizer) -> Iterator[tuple[list[int], list[range]]]:
-    texts = [document.text for document in documents if document.messages is None]
+def _tokenize_texts(texts: list[str], tokenizer) -> Iterator[tuple[list[int], list[range]]]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []:
         ids = ids if ids[-1:] == end else ids + end
@@ -139,16 +188,12 @@ def tokenize_conversations(documents: list[Document], tokenizer) -> Iterator[tup
 
 
 def _span(tokenizer, document: Document, turn: int, text: str, prompt: str, until: str, endings) -> tuple[int, int]:
-    """Return the characters (start, end) of the rendered conversation that the assistant writes in a turn.
+    """Return the characters (start, end) of a rendered conversation, `text`, that the assistant writes in a turn.
 
-    Args:
-        tokenizer, document, turn: the turn is the index of a message.
-        text: the rendered conversation.
-        prompt: the rendered messages before the turn, and the header of the turn (the generation prompt).
-        until: the rendered messages up to the end of the turn.
-        endings: the tokens that can end a turn, a tuple of str.
+    `prompt` is the text before the turn with the header of the turn (the generation prompt), `until` the text up to
+    the end of the turn. The turn ends with one of the tokens `endings`.
     """
-    where, content = _where(document), document.messages[turn]["content"].strip()
+    where, content = f"row {document.row + 1}", document.messages[turn]["content"].strip()
     if not (text.startswith(until) and until.startswith(prompt)):
         raise UsageError(
             f"{where}: the chat template does not render message {turn + 1} at the end of a conversation as it does "
@@ -195,10 +240,6 @@ def _render(tokenizer, beginnings: list[tuple[Document, int]], **options):
                 _render(tokenizer, [beginning], **options)
         document, number = beginnings[0]
         raise UsageError(
-            f"{_where(document)}: the chat template refuses the conversation ({str(error).splitlines()[0]}): "
+            f"row {document.row + 1}: the chat template refuses the conversation ({str(error).splitlines()[0]}): "
             f"it has the roles {', '.join(message['role'] for message in document.messages[:number])}"
         ) from error
-
-
-def _where(document: Document) -> str:
-    return f"row {document.row + 1}"

@@ -17,7 +17,7 @@ from kdkit.running.hub import explain, loading_errors, split_revision
 ROLES = ("system", "developer", "user", "assistant", "tool")
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 EMBEDDED = Path(__file__).parents[1] / "assets" / "python_docs"  # written by recipes/make_python_docs.py
-BLOCK = 200  # samples that are read and tokenised together
+BATCH = 1000  # samples that are read together
 
 
 class Document(NamedTuple):
@@ -31,7 +31,7 @@ class Document(NamedTuple):
     @property
     def turns(self) -> list[int]:
         """The indices of the messages that are learned."""
-        roles = [message["role"] for message in self.messages]
+        roles = [message["role"] for message in self.messages or []]
         return [index for index in range(self.learn_from, len(roles)) if roles[index] == "assistant"]
 
 
@@ -47,28 +47,23 @@ class Source(NamedTuple):
     fingerprint: str  # changes with the content
 
 
-Block = list[int] | list[tuple[int, dict]]  # the numbers of some rows, or (number, sample) if a stream has read them
-
-
 # --- datasets ---
 
 
 def open_source(config: DistillConfig, part: str) -> Source:
-    """Open the samples to train or evaluate on, with `datasets`, which caches what it downloads and parses.
+    """Open the samples of a part ("train" or "eval") with `datasets`, which caches what it downloads and parses.
 
     A sample is a .txt file, a line of JSON, or a row of Parquet or CSV. `config.dataset_config` applies to
     `config.dataset` only. The embedded text has two splits, train and test.
-
-    Args:
-        config: the run's.
-        part: "train" or "eval".
 
     Raises:
         UsageError: the data cannot be loaded or parsed (with the file and line), has no such split, is empty, has
             none of the configured columns, or is to be both trained and evaluated on.
     """
+    from datasets import config as settings
     from datasets import load_dataset, load_dataset_builder
 
+    settings.HF_UPDATE_DOWNLOAD_COUNTS = False  # a request to a server, even for a local file
     field, name, split, held_out = _choose_split(config, part)
     files, arguments = _load_arguments(field, name)
     if name == config.dataset:
@@ -179,12 +174,15 @@ def _choose_columns(config: DistillConfig, shown: str, columns: list[str]) -> tu
 # --- samples ---
 
 
-def blocks_of(source: Source) -> Iterator[Block]:
-    """Divide the rows of a source into blocks for `read_block`.
+def documents_of(source: Source) -> Iterator[Document]:
+    """Read the samples of a source as documents.
 
     A stream keeps its order. Other data is shuffled, always in the same way: a limit on the number of tokens then
     gives a random selection that does not depend on the seed of the run. A hash of a row's number decides whether it
     is held out, so this does not change when rows are appended. Of a single text the end is held out.
+
+    Raises:
+        UsageError: a sample has something else than a text or a conversation in its columns (with its row).
     """
 
     def wanted(row: int) -> bool:
@@ -194,15 +192,17 @@ def blocks_of(source: Source) -> Iterator[Block]:
         return (source.part == "eval") == (int.from_bytes(digest[:8], "big") < source.held_out * 2**64)
 
     if not hasattr(source.samples, "__len__"):
-        rows = ((row, sample) for row, sample in enumerate(source.samples) if wanted(row))
+        yield from (_document(sample, row, source) for row, sample in enumerate(source.samples) if wanted(row))
     elif len(source.samples) == 1 and source.kind == "texts" and source.held_out is not None:
-        rows = [(0, _part_of_text(source))]
+        yield _document(_part_of_text(source), 0, source)
     else:
         rows = [row for row in range(len(source.samples)) if wanted(row)]
         random.Random(0).shuffle(rows)
-    rows = iter(rows)
-    while block := list(itertools.islice(rows, BLOCK)):
-        yield block
+        for start in range(0, len(rows), BATCH):
+            batch = rows[start : start + BATCH]
+            columns = source.samples[batch]  # one read of many rows is much faster than many reads
+            for index, row in enumerate(batch):
+                yield _document({name: values[index] for name, values in columns.items()}, row, source)
 
 
 def _part_of_text(source: Source) -> dict:
@@ -213,17 +213,6 @@ def _part_of_text(source: Source) -> dict:
     cut = int(len(text) * (1 - source.held_out))
     cut = max(text.rfind("\n", 0, cut), text.rfind(" ", 0, cut), cut - 1000) + 1
     return {column: text[cut:] if source.part == "eval" else text[:cut]}
-
-
-def read_block(source: Source, block: Block) -> list[Document]:
-    """Read the samples of a block as documents.
-
-    Raises:
-        UsageError: a sample has something else than a text or a conversation in its columns (with its row).
-    """
-    if not isinstance(block[0], tuple):
-        block = list(zip(block, source.samples.select(block), strict=True))
-    return [_document(sample, row, source) for row, sample in block]
 
 
 def _document(sample: dict, row: int, source: Source) -> Document:
