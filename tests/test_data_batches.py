@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from kdkit import DistillConfig
 from kdkit.config import DataFields, UsageError
@@ -331,22 +332,31 @@ def test_the_first_process_makes_the_rows_and_the_others_wait(small, tokenizer, 
     assert len(load_rows(config, tokenizer)[0]) < len(found[0][0]) and len(calls) == 4
 
 
-@pytest.mark.parametrize("moment", ["sync", "replace"])
-def test_a_kill_while_the_cache_is_written_leaves_no_file(small, tokenizer, tmp_path, monkeypatch, moment):
-    config = small(dataset=words(tmp_path / "a.jsonl"))
+@pytest.mark.parametrize("where, name", [(batches, "pack"), (batches, "sync"), (os, "replace")])
+def test_a_kill_leaves_no_incomplete_cache_and_no_lock(small, tokenizer, tmp_path, monkeypatch, where, name):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    config = small(dataset=words(tmp_path / "a.jsonl", 1500), max_train_tokens=None, num_proc=2)
+
+    def kill(*arguments):
+        if name == "pack" and not multiprocessing.active_children():
+            return pack(*arguments)  # to be killed while other processes tokenise
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def killed():
-        name = {"sync": (batches, "sync"), "replace": (os, "replace")}[moment]
-        monkeypatch.setattr(*name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        monkeypatch.setattr(chat, "SECONDS_ALONE", 0)
+        monkeypatch.setattr(batches, "PACK_TOKENS", 100)
+        monkeypatch.setattr(where, name, kill)
         load_rows(config, tokenizer)
 
     process = multiprocessing.get_context("fork").Process(target=killed)
     process.start()
     process.join()
-    assert process.exitcode == -signal.SIGKILL and not list((tmp_path / "cache/kdkit").glob("*.arrow"))
+    (lock,) = (tmp_path / "cache/kdkit").glob("*.lock")
+    assert process.exitcode == -signal.SIGKILL and not list(lock.parent.glob("*.arrow"))
+    with FileLock(lock, timeout=30):
+        pass
     rows, _ = load_rows(config, tokenizer)
-    assert rows.counts["samples"] > 100 and rows.counts["tokens"] == loss_tokens(rows).sum()
+    assert rows.counts["samples"] > 1000 and rows.counts["tokens"] == loss_tokens(rows).sum()
 
 
 def test_a_full_disk_is_named_and_leaves_no_file(small, tokenizer, tmp_path, monkeypatch):

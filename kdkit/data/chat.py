@@ -5,12 +5,16 @@ and `position_ids` (from 0 in each document). The causal shift happens here, in 
 """
 
 import itertools
+import multiprocessing
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 
@@ -31,9 +35,6 @@ def tokenize(
         documents, tokenizer, max_length, truncation_mode: see `make_rows`.
         num_proc: the number of processes that are started after SECONDS_ALONE. Smaller data is done before that.
     """
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_proc, start, documents = num_proc or max(cores - 1, 1), time.monotonic(), iter(documents)
     blocks = iter(lambda: list(itertools.islice(documents, BLOCK)), [])
@@ -65,6 +66,14 @@ _job = ()  # in a process that tokenises: the arguments of `make_rows`
 def _set_job(*job) -> None:
     global _job
     _job = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one after Ctrl-C
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _end_with_main_process() -> None:
+    """Wait until the main process is killed, and end, since a forked process still holds the lock of the cache."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _do_job(block: list[Document]) -> list[tuple[list[dict], bool]]:
