@@ -1,7 +1,4 @@
-"""Make the rows of a run (tokenise, pack, cache), and lay them out in steps and batches.
-
-Shapes: B rows of a micro-batch, S tokens of a row. `kdkit.data.chat` says what a row is.
-"""
+"""Make the rows of a run (tokenise, pack, cache), and lay them out in steps and batches: B rows of S tokens."""
 
 import dataclasses
 import hashlib
@@ -26,9 +23,6 @@ from kdkit.running.hub import explain
 KEYS = ("input_ids", "labels", "position_ids")
 PACK_TOKENS = 2**22  # packed together: enough to fill the rows well, and little enough for memory
 CACHE_VERSION = 2  # increase it when the same data and settings give other rows
-
-
-# --- rows ---
 
 
 class Rows(Sequence):
@@ -126,19 +120,18 @@ def load_rows(config: DistillConfig, tokenizer) -> tuple[Rows, Rows]:
     Other content, another tokenizer or other settings give another file.
 
     Raises:
-        UsageError: the data cannot be read (see `open_source`, `read_block`), has conversations without a chat
+        UsageError: the data cannot be read (see `open_source`, `documents_of`), has conversations without a chat
             template, has nothing to learn, or is too small to hold a part out; the cache cannot be written.
     """
     found = []
-    for part in ("train", "eval"):
-        source = open_source(config, part)
+    for source in (open_source(config, part) for part in ("train", "eval")):
         if source.kind != "texts":
             check_chat_template(tokenizer, source.name)
         rows = cached_rows(source, config, tokenizer)
         if not rows:
             remedy = f", another eval_fraction (now {source.held_out:g}), or an eval_split" if source.held_out else ""
             raise UsageError(
-                f"{source.name} has nothing {'to learn' if part == 'train' else 'to evaluate on'}: of "
+                f"{source.name} has nothing {'to learn' if source.part == 'train' else 'to evaluate on'}: of "
                 f"{rows.counts['samples']:,} samples, {rows.counts['dropped']:,} have no token in the loss (no "
                 f"assistant turn within max_length, or no text). Give more data{remedy}"
             )
@@ -164,8 +157,8 @@ def cache_file(source: Source, config: DistillConfig, tokenizer) -> Path:
         CACHE_VERSION, source._replace(samples=None), {name: getattr(config, name) for name in fields},
         type(tokenizer).__name__, model, options, tokenizer.special_tokens_map, tokenizer.chat_template,
     ]  # fmt: skip
-    name = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32]
-    return Path(datasets.config.HF_DATASETS_CACHE) / "kdkit" / f"{name}.arrow"
+    name = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32] + ".arrow"
+    return Path(datasets.config.HF_DATASETS_CACHE, "kdkit", name)
 
 
 def cached_rows(source: Source, config: DistillConfig, tokenizer) -> Rows:
