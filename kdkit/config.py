@@ -94,7 +94,8 @@ class DataFields:
     eval_split: str | None = None
     """The split to evaluate on; by default a fraction of dataset_split is held out, or eval_dataset's split is used."""
     eval_fraction: float = 0.08
-    """The fraction of the samples that is held out if neither eval_dataset nor eval_split is given."""
+    """The fraction of the samples that is held out if neither eval_dataset nor eval_split is given; the embedded text
+    has a test split of its own."""
     max_train_tokens: int | None = training_only(None)
     """Use about this many tokens of the training text: complete samples, in a random order."""
     max_eval_tokens: int | None = 20000

@@ -1,4 +1,4 @@
-"""Train the teacher that kdkit carries, on the text that Python carries.
+"""Train the embedded teacher, on the training split of the embedded text.
 
     python recipes/train_embedded_teacher.py
 
@@ -20,7 +20,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kdkit.config import DistillConfig
-from kdkit.data import Steps, count_tokens, embedded_documents, load_rows, split_documents
+from kdkit.data import Steps, count_tokens, load_rows
+from kdkit.data.sources import documents_of, open_source
 from kdkit.evaluate import evaluate
 from kdkit.models import ASSETS, BodyAndHead, count_parameters
 from kdkit.train import learning_rate, make_loss, make_optimizer
@@ -94,8 +95,8 @@ def main() -> None:
 
     torch.set_num_threads(1)  # sums then have one order on any machine
     torch.manual_seed(CONFIG.seed)
-    train_documents, _ = split_documents(embedded_documents(), CONFIG.eval_fraction)
-    tokenizer = train_tokenizer([document.text for document in train_documents])
+    source = open_source(CONFIG, "train")
+    tokenizer = train_tokenizer([document.text for document in documents_of(source)])
     train_rows, eval_rows = load_rows(CONFIG, tokenizer)
     steps = Steps(train_rows, CONFIG, tokenizer.pad_token_id)
     model = make_model().train()

@@ -111,7 +111,7 @@ def test_rows_without_a_label_change_nothing(setting):
     config, rows, student, teacher = setting
     silent = [{**row, "labels": [IGNORE_INDEX] * len(row["labels"])} for row in rows[:3]]
     whole = evaluate(student, teacher, rows, config, pad_token_id=2)
-    assert evaluate(student, teacher, silent + rows, config, pad_token_id=2) == pytest.approx(whole, rel=1e-5)
+    assert evaluate(student, teacher, [*silent, *rows], config, pad_token_id=2) == pytest.approx(whole, rel=1e-5)
 
 
 def test_finished_runs_are_compared(small, tmp_path, capsys):

@@ -152,7 +152,7 @@ def test_a_step_without_a_token_in_the_loss_is_no_fault(small, monkeypatch):
     config = small(max_steps=3, alpha=0.5)
 
     def masked(*arguments):
-        rows, held_out = load_rows(*arguments)
+        rows, held_out = map(list, load_rows(*arguments))
         steps = train_module.Steps(rows, config, 2)
         for index in steps.step_rows(1):
             rows[index]["labels"] = [-100] * len(rows[index]["labels"])

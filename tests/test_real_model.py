@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdkit.data import collate, load_rows, pack
+from kdkit.data import Rows, collate, load_rows, pack
 from kdkit.data.__main__ import row_tokens
-from kdkit.data.chat import tokenize_documents
+from kdkit.data.chat import make_rows
 from kdkit.data.sources import Document
 from kdkit.losses import IGNORE_INDEX
 from kdkit.models import BodyAndHead, check_pair, load_teacher, load_tokenizer, student_from_layers
@@ -53,7 +53,8 @@ def evaluations(history):
 def test_a_document_in_a_pack_gets_the_logits_of_it_alone_from_both_models(teacher):
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     texts = ("The capital of France is Paris.", "def f(x):\n    return x", "Water boils at 100 degrees")
-    rows = tokenize_documents([Document(text, text) for text in texts], tokenizer, 64)
+    made = make_rows([Document(row, text) for row, text in enumerate(texts)], tokenizer, 64)
+    rows = Rows.of([row for rows, _ in made for row in rows])
     batch = collate(pack(rows, 64), tokenizer.pad_token_id, length=48)  # with padding, which has the end's id
     assert teacher.config._attn_implementation == "sdpa" and batch["input_ids"].shape == (1, 48)
     for model in (teacher, student_from_layers(teacher, 15).eval()):

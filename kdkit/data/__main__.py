@@ -1,4 +1,4 @@
-"""Show what a run would read, and its first rows, in the loss or out of it.
+"""Show what a run reads, and its first rows, with the tokens in the loss marked.
 
 python -m kdkit.data [--config recipes/x.yaml] [--field value ...]
 """
@@ -15,9 +15,9 @@ from kdkit.models import load_tokenizer
 
 
 def row_tokens(row: dict) -> Iterator[tuple[int, bool, bool]]:
-    """The tokens of a row, labels included: (id, whether it is in the loss, whether a document starts with it).
+    """Yield for each token of a row, labels included: (id, is it in the loss, does a document start with it).
 
-    A token is in the loss as the label of the one before it, so the first of a document never is.
+    A token is in the loss as the label of the token before it, so the first of a document never is.
     """
     for index, position in enumerate(row["position_ids"]):
         if position == 0:
@@ -29,7 +29,7 @@ def row_tokens(row: dict) -> Iterator[tuple[int, bool, bool]]:
 
 
 def show_row(row: dict, tokenizer, colour: bool = True) -> str:
-    """A row as text, with what is in the loss told from what is not: green and grey, or [between brackets]."""
+    """Return a row as text. What is in the loss is green, the rest grey; without colour it is [in brackets]."""
     shown = []
     for learned, group in itertools.groupby(row_tokens(row), key=lambda token: token[1]):
         for number, (token, _, starts) in enumerate(group):
@@ -42,7 +42,7 @@ def show_row(row: dict, tokenizer, colour: bool = True) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`python -m kdkit.data [--config recipe.yaml] [--field value ...]`: what a run would read, and its first rows."""
+    """Run `python -m kdkit.data [--config recipe.yaml] [--field value ...]`."""
     try:
         config = load_config(argv, command="python -m kdkit.data")
         tokenizer = load_tokenizer(config)

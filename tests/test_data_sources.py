@@ -1,7 +1,6 @@
 import errno
 import http.server
 import json
-import sysconfig
 import threading
 
 import datasets
@@ -9,45 +8,15 @@ import pytest
 from datasets.exceptions import DatasetGenerationError
 
 from kdkit.config import UsageError
-from kdkit.data.sources import Document, documents_of, embedded_documents, open_source, split_documents
-
-# --- the embedded text
-
-
-def test_the_embedded_text_is_real_and_the_same_each_time():
-    found = embedded_documents()
-    assert found == embedded_documents.__wrapped__()
-    assert len(found) > 4000 and sum(len(d.text) for d in found) > 1_500_000
-    assert any("Acquire" in d.text and d.source == "asyncio/locks.py" for d in found)
-
-
-def test_no_source_is_in_both_parts_and_the_split_does_not_depend_on_the_others():
-    found = embedded_documents()
-    train, held_out = split_documents(found, 0.08)
-    assert len(train) + len(held_out) == len(found)
-    assert not {d.source for d in train} & {d.source for d in held_out}
-    assert not {d.text for d in train} & {d.text for d in held_out}
-    assert split_documents(found[:1000], 0.08)[1] == [d for d in found[:1000] if d in set(held_out)]
-
-
-def test_a_python_without_sources_is_told_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(UsageError, match=r"sources.*--dataset"):
-        embedded_documents.__wrapped__()
-
-
-def test_a_single_document_has_its_end_held_out():
-    (train,), (held_out,) = split_documents([Document("d", "one two three four five six seven eight nine ten")], 0.2)
-    assert train.text + held_out.text == "one two three four five six seven eight nine ten"
-    assert held_out.text == "eight nine ten"
-
+from kdkit.data.sources import EMBEDDED, documents_of, open_source
 
 # --- datasets: what is read
 
 
-def read(small, dataset, part="all", split="train", **fields):
-    config = small(dataset=str(dataset), **fields)
-    return list(documents_of(open_source(config, str(dataset), split), config, part))
+def read(small, dataset, part="train", **fields):
+    """The documents of a part. Nothing is held out unless `held_out` is given."""
+    fields = fields if fields.pop("held_out", False) else {"eval_dataset": "embedded", **fields}
+    return list(documents_of(open_source(small(dataset=str(dataset), **fields), part)))
 
 
 def json_lines(path, *records):
@@ -77,7 +46,7 @@ def test_a_folder_is_read_with_its_splits(small, tmp_path, streaming):
     json_lines(tmp_path / "train.jsonl", {"text": "one"}, {"text": "two"})
     json_lines(tmp_path / "test.jsonl", {"text": "three"})
     assert texts(read(small, tmp_path, streaming=streaming)) == ["one", "two"]
-    assert texts(read(small, tmp_path, split="test", streaming=streaming)) == ["three"]
+    assert texts(read(small, tmp_path, "eval", eval_dataset=None, eval_split="test", streaming=streaming)) == ["three"]
 
 
 def test_a_folder_of_texts_has_a_sample_a_file(small, tmp_path):
@@ -87,23 +56,50 @@ def test_a_folder_of_texts_has_a_sample_a_file(small, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_is_held_out_is_apart_and_the_same_each_time(small, tmp_path, streaming):
+def test_held_out_samples_are_in_no_other_part_and_stay_when_rows_are_appended(small, tmp_path, streaming):
     file = json_lines(tmp_path / "a.jsonl", *({"text": f"sample {i}"} for i in range(300)))
-    train, held_out = (read(small, file, part, streaming=streaming) for part in ("train", "held_out"))
-    assert 10 < len(held_out) < 50 and len(train) + len(held_out) == 300
-    assert not {d.text for d in train} & {d.text for d in held_out}
+    train, held_out = (read(small, file, part, held_out=True, streaming=streaming) for part in ("train", "eval"))
+    assert 10 < len(held_out) < 50 and texts(train + held_out) == sorted(f"sample {i}" for i in range(300))
     longer = json_lines(tmp_path / "longer.jsonl", *({"text": f"sample {i}"} for i in range(400)))
-    assert {d.text for d in held_out} <= {d.text for d in read(small, longer, "held_out")}
-    if not streaming:  # the order is not the file's, and does not follow the seed
-        assert train == read(small, file, "train", seed=5) and train != sorted(train, key=lambda d: int(d.source))
+    assert set(texts(held_out)) <= set(texts(read(small, longer, "eval", held_out=True)))
+    rows = [document.row for document in train]
+    assert (rows == sorted(rows)) == streaming  # a stream keeps its order
+    assert train == read(small, file, held_out=True, streaming=streaming, seed=5)
+
+
+def test_a_single_text_has_its_end_held_out_between_two_words(small, tmp_path):
+    (tmp_path / "a.txt").write_text("one two three four five six seven eight nine ten")
+    (train,), (held_out,) = (
+        read(small, tmp_path / "a.txt", part, held_out=True, eval_fraction=0.2) for part in ("train", "eval")
+    )
+    assert (train.text, held_out.text) == ("one two three four five six seven ", "eight nine ten")
+
+
+def test_the_embedded_text_has_two_splits_of_different_modules(small):
+    for fields in ({}, {"eval_split": "test"}, {"eval_dataset": "embedded"}):
+        train, test = (open_source(small(**fields), part) for part in ("train", "eval"))
+        assert train.name.endswith("split train") and test.name.endswith("split test")
+    train, test = (read(small, "embedded", part, eval_dataset=None) for part in ("train", "eval"))
+    assert len(train) > 6000 and sum(len(document.text) for document in train) > 1_500_000
+    assert 0.03 < len(test) / len(train) < 0.15
+    assert not set(texts(train)) & set(texts(test))
+    files = (str(EMBEDDED / f"{split}.parquet") for split in ("train", "test"))
+    sources = [set(datasets.Dataset.from_parquet(file)["source"]) for file in files]
+    assert "asyncio/locks.py" in sources[0] and not sources[0] & sources[1]
+
+
+@pytest.mark.parametrize("fields", [{"eval_split": "train"}, {"eval_dataset": "a.jsonl"}])
+def test_training_data_as_evaluation_data_is_refused(small, tmp_path, monkeypatch, fields):
+    monkeypatch.chdir(tmp_path)
+    json_lines(tmp_path / "a.jsonl", {"text": "x"})
+    with pytest.raises(UsageError, match="is also the training data"):
+        read(small, "a.jsonl", held_out=True, **fields)
 
 
 def test_a_stream_is_read_no_further_than_needed(small, tmp_path):
     file = json_lines(tmp_path / "a.jsonl", *({"text": f"sample {i}"} for i in range(300)))
-    config = small(dataset=str(file), streaming=True)
-    source, seen = open_source(config, str(file), "train"), []
-    source = source._replace(samples=(seen.append(row) or row for row in source.samples))
-    documents = documents_of(source, config, "all")
+    source, seen = open_source(small(dataset=str(file), eval_dataset="embedded", streaming=True), "train"), []
+    documents = documents_of(source._replace(samples=(seen.append(row) or row for row in source.samples)))
     assert [next(documents).text for _ in range(5)] == [f"sample {i}" for i in range(5)] and len(seen) == 5
 
 
@@ -128,8 +124,8 @@ USER = '{"role": "user", "content": "hi"}'
 @pytest.mark.parametrize(
     "name, content, named",
     [
-        ("a.txt", "", ["a.txt", "no text"]),
-        ("a.jsonl", "", ["a.jsonl", "no text"]),
+        ("a.txt", "", ["a.txt", "empty"]),
+        ("a.jsonl", "", ["a.jsonl", "empty"]),
         ("a.jsonl", "\n\n", ["a.jsonl"]),
         ("a.txt", b"caf\xe9 " * 9, ["a.txt", "UTF-8", "byte 3"]),
         ("a.jsonl", '{"text": "x"}\n{"text": ', ["a.jsonl", "line 2", "not JSON"]),
@@ -139,9 +135,9 @@ USER = '{"role": "user", "content": "hi"}'
         ("a.jsonl", '{"text": 3}', ["row 1", "'text'", "int"]),
         ("a.md", "x", ["a.md", ".md file", ".jsonl"]),
         ("a.jsonl", f'{{"messages": [{USER}, {{"role": "gpt", "content": "x"}}]}}', ["row 1", "message 2", "'gpt'"]),
-        ("a.jsonl", '{"messages": [{"from": "human", "value": "x"}]}', ["row 1", "role and content", "from, value"]),
+        ("a.jsonl", '{"messages": [{"from": "human", "value": "x"}]}', ["row 1", "role and content", "'from'"]),
         ("a.jsonl", '{"messages": "hi"}', ["row 1", "'messages'", "str", "list of messages"]),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', ["row 1", "message 1", "int"]),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', ["row 1", "message 1", "'content': 3"]),
         ("a.jsonl", '{"prompt": 3, "completion": "x"}', ["row 1", "'prompt'", "int"]),
         ("a.parquet", "PAR1", ["a.parquet"]),
     ],
@@ -180,7 +176,7 @@ def test_a_folder_of_several_kinds_or_of_none_is_named(small, tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_split_that_is_not_there_is_named_with_those_that_are(small, tmp_path, streaming):
     with pytest.raises(UsageError, match=r"a\.jsonl.*train.*--dataset_split"):
-        read(small, json_lines(tmp_path / "a.jsonl", {"text": "x"}), split="test", streaming=streaming)
+        read(small, json_lines(tmp_path / "a.jsonl", {"text": "x"}), dataset_split="test", streaming=streaming)
 
 
 def test_an_empty_split_is_named(small, tmp_path):
