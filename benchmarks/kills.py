@@ -93,6 +93,7 @@ def command(output_dir: Path, num_ranks: int, fields: dict) -> list[str]:
 def start(output_dir: Path, num_ranks: int, fields: dict, kill: str = "") -> tuple[bool, str]:
     """One life of a run: whether it came to its end, and what it said."""
     environment = {**os.environ, "KILL": kill, "ACCELERATE_MIXED_PRECISION": "no", "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = str(ROOT)  # this kdkit, not an installed one
     life = subprocess.run(
         command(output_dir, num_ranks, fields), env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, timeout=600,

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 
 from . import targets
 from kdkit.running.checkpoint import (
-    describe_resume,
     export,
     find_checkpoint,
     load_checkpoint,
@@ -28,7 +27,7 @@ from .config import DistillConfig, RunStopped, UsageError, load_config
 from .data import Steps, count_tokens, describe_rows, load_rows
 from .running.devices import clip_gradients, leave_processes, place_teacher, start_accelerator
 from .evaluate import describe_start, evaluate, evaluation_batches
-from .running.faults import stop_at_fault
+from .running.nonfinite import stop_if_not_finite
 from .fused import fused_kd_loss
 from .losses import IGNORE_INDEX, dense_kd_loss
 from kdkit.models import (
@@ -141,19 +140,18 @@ def train(config: DistillConfig, watch=None) -> list[dict]:
     measure = partial(evaluate, student, teacher, eval_rows, config, pad_token_id=tokenizer.pad_token_id,
                       vocab_size=pair.vocab_size, accelerator=accelerator)  # fmt: skip
 
-    stop = partial(stop_at_fault, student, kd_loss, tokenizer, config, accelerator)
+    check_finite = partial(stop_if_not_finite, config=config, tokenizer=tokenizer, accelerator=accelerator)
 
     def evaluation(step: int) -> None:
         metrics = measure()
-        if not all(math.isfinite(value) for value in metrics.values()):
-            batches = evaluation_batches(eval_rows, config.batch_size, tokenizer.pad_token_id, accelerator)
-            stop(targets.of(teacher), batches, step, "the evaluation")
+        batches = evaluation_batches(eval_rows, config.batch_size, tokenizer.pad_token_id, accelerator)
+        check_finite("evaluation of step", metrics, batches, step)
         tracker.log_evaluation(metrics, step=step, epoch=step / steps.steps_per_epoch)
 
     set_seed(config.seed, device_specific=True)  # dropout differs between ranks
     start = load_checkpoint(accelerator, student, optimizer, checkpoint) if checkpoint else 0
     tracker = Tracker(config, step=start, enabled=is_main, watch=watch)
-    accelerator.print(f"teacher  {place}\n{tracker.where}{describe_resume(checkpoint, steps)}")
+    accelerator.print(f"teacher  {place}\n{tracker.where}")
     if start == 0:
         evaluation(0)
         accelerator.print(describe_start(tracker.history[-1]))
@@ -175,10 +173,10 @@ def train(config: DistillConfig, watch=None) -> list[dict]:
                 accelerator.backward(result.loss * accelerator.num_processes)  # ranks average; this is part of a sum
             parts += torch.stack([result.loss.detach(), result.ce_loss, result.kl_loss])
 
-        parts = accelerator.reduce(parts, "sum")
+        loss, ce_loss, kl_loss = accelerator.reduce(parts, "sum")
         grad_norm = clip_gradients(student, config.max_grad_norm, accelerator)  # before clipping
-        if not torch.isfinite(parts.sum() + grad_norm):  # waits for the device, once a step, before a weight is touched
-            stop(get_targets, micro_batches, step, "the loss or its gradient")
+        numbers = {"loss": loss, "cross-entropy": ce_loss, "KL": kl_loss, "gradient": grad_norm}
+        check_finite("step", numbers, micro_batches, step, local_losses=parts)  # waits for the device, once a step
         rate = learning_rate(step - 1, len(steps), config)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -187,10 +185,11 @@ def train(config: DistillConfig, watch=None) -> list[dict]:
 
         tokens = tokens + num_items
         if step % config.logging_steps == 0 or step == len(steps):
-            loss, ce_loss, kl_loss = parts.tolist()
             speed = int(tokens) / (time.perf_counter() - since)
-            epoch = step / steps.steps_per_epoch
-            tracker.log_training(loss, ce_loss, kl_loss, rate, float(grad_norm), speed, step=step, epoch=epoch)
+            tracker.log_training(
+                loss=float(loss), ce_loss=float(ce_loss), kl_loss=float(kl_loss), learning_rate=rate,
+                grad_norm=float(grad_norm), tokens_per_second=speed, step=step, epoch=step / steps.steps_per_epoch,
+            )  # fmt: skip
             progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
             tokens, since = 0, time.perf_counter()
         evaluates = step == len(steps) or (config.eval_steps and step % config.eval_steps == 0)

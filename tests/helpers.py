@@ -1,0 +1,69 @@
+"""What several test files use: another value of any field, a student with dropout, several processes."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import types
+import typing
+from dataclasses import fields, replace
+from pathlib import Path
+
+from kdkit import DistillConfig
+from kdkit.models import ASSETS
+
+TESTS = Path(__file__).parent
+LIMIT = 120  # seconds after which a run hangs
+
+TYPES = typing.get_type_hints(DistillConfig)
+FIELDS = [field.name for field in fields(DistillConfig)]
+
+
+def another(config: DistillConfig, name: str):
+    """A value that the field may have by its type and range, and does not have."""
+    value, kind = getattr(config, name), TYPES[name]
+    if value is None:
+        kind = next(x for x in typing.get_args(kind) if x is not type(None))
+    elif typing.get_origin(kind) is types.UnionType:
+        kind = type(value)
+    if typing.get_origin(kind) is typing.Literal:
+        return next(choice for choice in typing.get_args(kind) if choice != value)
+    if kind is bool:
+        return not value
+    if kind is int:
+        return (value or 1) + 1
+    if kind is float:
+        return (value or 1) / 2
+    return [0] if typing.get_origin(kind) is list else "another"
+
+
+def with_another(config: DistillConfig, *names: str) -> DistillConfig:
+    """The configuration with other values of these fields."""
+    return replace(config, **{name: another(config, name) for name in names})
+
+
+def student_with_dropout(folder: Path, attention_dropout: float = 0.2, **changes) -> str:
+    """The folder of a config of the embedded student, with dropout."""
+    shutil.copytree(ASSETS / "embedded_student", folder, dirs_exist_ok=True)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"attention_dropout": attention_dropout, **changes}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a program whose Python processes end with the process that started them."""
+    return {**os.environ, "PYTHONPATH": f"{TESTS / 'processes'}:{TESTS.parent}", **changes}
+
+
+def run_processes(program: list[str], timeout: float = LIMIT) -> subprocess.CompletedProcess:
+    """Run a launcher and its ranks to their end; none is left after a timeout, or when pytest is killed."""
+    return subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
