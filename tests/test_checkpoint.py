@@ -123,7 +123,7 @@ def test_save_that_is_cut_leaves_no_checkpoint_and_its_files_are_removed(small, 
     with pytest.raises(Cut):
         train(config)
     assert [path.name for path in checkpoints(config.output_dir)] == ["step_00000002"]
-    assert steps_of(train(config)) == [1, 2, 3, 4, 5, 6]
+    assert steps_of(train(replace(config, save_steps=3))) == [1, 2, 3, 4, 5, 6]
     assert not [name for name in os.listdir(Path(config.output_dir) / "checkpoints") if name.startswith(".")]
 
 
@@ -313,7 +313,7 @@ def test_damaged_checkpoint_is_skipped_with_its_reason(run, capsys, damage, file
     assert find_checkpoint(run, start_accelerator()) == before
     note, _ = capsys.readouterr().out.splitlines()
     assert f"step_00000006 is damaged ({why}" in note and note.endswith("; resuming from step_00000004")
-    with pytest.raises(UsageError, match="step_00000006 is damaged|not a checkpoint"):
+    with pytest.raises(UsageError, match=r"step_00000006 is damaged|not a checkpoint"):
         train(replace(run, resume=str(newest)))
 
 
