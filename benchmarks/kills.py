@@ -1,10 +1,10 @@
-"""Kill a run again and again, start it again each time, and compare its end with that of a run left alone.
+"""Kill a run many times, restart it each time, and compare the result with that of a run that is not killed.
 
-python benchmarks/kills.py                          # 52 kills, 12 of them of one rank of two; a quarter of an hour
-python benchmarks/kills.py --kills 10 --of_two 0    # fewer, of one process
+    python benchmarks/kills.py                          # 52 kills, 12 of them of one rank of two; 15 minutes
+    python benchmarks/kills.py --kills 10 --of_two 0    # fewer, of one process
 
-Every life of the run is the same command. A thread of it sends its own process SIGKILL, which nothing can catch, at a
-random time after a random call of what is named in MOMENTS.
+Each restart is the same command. A thread sends SIGKILL to its own process, at a random time after a random call of a
+function of MOMENTS.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MOMENTS = {  # what is being done -> the function that `kdkit.train` calls for it
+MOMENTS = {  # what the run is doing -> the function of `kdkit.train` that does it
     "between micro-batches": "send_to_device",
     "in an evaluation": "evaluate",
     "in a save": "save_checkpoint",
-    "while going on": "load_checkpoint",
+    "while resuming": "load_checkpoint",
     "while exporting": "export",
     "anywhere": None,
 }
@@ -39,12 +39,12 @@ RUN = {
 
 
 def live(arguments: list[str]) -> None:
-    """`kdkit.train` with the kill that the environment orders, if it orders one for this rank."""
+    """Run `kdkit.train`, with the kill of the environment variable KILL if it is for this rank."""
     order = os.environ.get("KILL", "")
     rank, moment, call, fraction = order.split("/") if order else ("none", "", 0, 0)
     mine = rank == os.environ.get("RANK", "0")
     if mine and moment == "anywhere":
-        _kill_after(float(fraction) * 12, moment, lambda: True)  # seconds, of which most are the start
+        _kill_after(float(fraction) * 12, moment, lambda: True)  # seconds; most of them are the start
     import kdkit.train
 
     if mine and MOMENTS[moment]:
@@ -53,7 +53,7 @@ def live(arguments: list[str]) -> None:
 
 
 def _kill_in(module, name: str, moment: str, call: int, fraction: float) -> None:
-    """Kill in the call-th call of a function, after that fraction of the time that the call before it took."""
+    """Kill in the given call of a function, after a fraction of the time that the previous call took."""
     function, calls, inside, took = getattr(module, name), [], [], [0.02]
 
     def wrapped(*arguments, **options):
@@ -83,7 +83,7 @@ def _kill_after(seconds: float, moment: str, inside) -> None:
 
 
 def command(output_dir: Path, num_ranks: int, fields: dict) -> list[str]:
-    """One rank, or two that share the student and the teacher between them (FSDP)."""
+    """The command of one rank, or of two ranks with FSDP."""
     config = str(ROOT / "accelerate_configs" / "fsdp_cpu.yaml")
     launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no"]
     program = [__file__, "--live", *(f"--{k}={v}" for k, v in {**RUN, **fields, "output_dir": output_dir}.items())]
@@ -91,8 +91,9 @@ def command(output_dir: Path, num_ranks: int, fields: dict) -> list[str]:
 
 
 def start(output_dir: Path, num_ranks: int, fields: dict, kill: str = "") -> tuple[bool, str]:
-    """One life of a run: whether it came to its end, and what it said."""
+    """Start a run once: whether it finished, and what it printed."""
     environment = {**os.environ, "KILL": kill, "ACCELERATE_MIXED_PRECISION": "no", "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = str(ROOT)  # this kdkit, not an installed one
     life = subprocess.run(
         command(output_dir, num_ranks, fields), env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, timeout=600,
@@ -102,12 +103,12 @@ def start(output_dir: Path, num_ranks: int, fields: dict, kill: str = "") -> tup
 
 
 def series(folder: Path, moments: list[str], num_ranks: int, max_steps: int, seed: int = 0) -> dict:
-    """Kill a run at these moments, one after the other, then leave it alone.
+    """Kill a run at these moments, one after the other, then let it finish.
 
     Returns:
-        `kills` (where it was, counted), `restarts`, `lost` (steps beyond the newest checkpoint that was complete before
-        a restart, over all restarts), `once` (each step once in metrics.jsonl, with the undisturbed numbers) and
-        `equal` (final weights, bit for bit).
+        `kills` (number by moment), `restarts`, `lost` (steps of complete checkpoints that were repeated, over all
+        restarts), `once` (each step is once in metrics.jsonl, with the numbers of the run that is not killed) and
+        `equal` (the final weights, bit for bit).
     """
     from safetensors.torch import load_file
 
@@ -126,7 +127,7 @@ def series(folder: Path, moments: list[str], num_ranks: int, max_steps: int, see
         if resumed := re.search(r"resume .*step_(\d+)", said):
             lost += max(0, complete - int(resumed[1]))
         elif "metrics  " in said:
-            lost += complete  # it began anew
+            lost += complete  # it started from step 0
         found = re.search("KILLED (.*)", said)
         kills.update([found[1]] if found else [])
         complete = max([complete, *(int(path.name[5:]) for path in checkpoints(disturbed))])
@@ -160,7 +161,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for num_ranks, count in ((1, arguments.kills), (2, arguments.of_two)):
             if count:
-                exports = max(1, count // 6)  # at the end, when there is something to export
+                exports = max(1, count // 6)  # last, when there is something to export
                 moments = [names[i % len(names)] for i in range(count - exports)]
                 random.Random(arguments.seed).shuffle(moments)
                 moments += ["while exporting"] * exports

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
-from .running.nonfinite import stop_if_not_finite
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -27,6 +26,7 @@ from .losses import IGNORE_INDEX, KDLoss, dense_kd_loss
 from .models import BodyAndHead, Pair, check_models, check_pair, load_student, load_tokenizer
 from .running.checkpoint import export, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
 from .running.devices import clip_gradients, leave_processes, start_accelerator
+from .running.nonfinite import stop_if_not_finite
 from .running.tracking import Tracker
 from .teachers import open_teacher
 

@@ -34,7 +34,7 @@ def another(config: DistillConfig, name: str):
     if kind is int:
         return (value or 1) + 1
     if kind is float:
-        return value / 2 or 0.5
+        return (value or 1) / 2
     return [0] if typing.get_origin(kind) is list else "another"
 
 

@@ -2,10 +2,10 @@ import importlib.util
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdkit import DistillConfig
 from kdkit.config import RunStopped, UsageError
-from kdkit.data import load_rows
-from kdkit.models import count_parameters, load_tokenizer
-from kdkit.running import files
+from kdkit.models import count_parameters
 from kdkit.running.checkpoint import checkpoints, find_checkpoint
 from kdkit.running.devices import start_accelerator
 from kdkit.running.tracking import read_metrics
-from kdkit.targets import store
 from kdkit.train import main, train
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -48,61 +45,53 @@ def cut_after(step):
 
 
 def numbers(history):
-    """What a run computed, without how long it took."""
+    """The events of a run without the time that it took."""
     return [{k: v for k, v in event.items() if k != "train/tokens_per_second"} for event in history]
+
+
+def steps_of(history):
+    return [event["train/step"] for event in history if "train/step" in event]
 
 
 def weights(config):
     return load_file(Path(config.output_dir) / "final" / "model.safetensors")
 
 
+def assert_same_weights(one, other):
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_run_cut_in_an_epoch_and_resumed_is_the_uncut_one_bit_for_bit(small, tmp_path, monkeypatch, precision):
+def test_run_cut_twice_within_epochs_equals_the_run_without_a_cut_bit_for_bit(small, tmp_path, monkeypatch, precision):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     fields = dict(
         student_model=student_with_dropout(tmp_path / "student"), student_random_init=True,
         gradient_accumulation_steps=2, batch_size=2, max_steps=20, save_steps=4, eval_steps=5, alpha=0.3,
     )  # fmt: skip
-    whole = small(**fields, output_dir=str(tmp_path / "whole"))
-    uncut = train(whole)
-    assert uncut[-1]["eval/epoch"] > 1  # 12 steps an epoch: the cut is inside the second
+    complete = small(**fields, output_dir=str(tmp_path / "complete"))
+    uncut = train(complete)
+    assert uncut[-1]["eval/epoch"] > 1  # an epoch has 12 steps: the second cut is inside the second epoch
     parts = small(**fields, output_dir=str(tmp_path / "parts"))
     for step in (7, 14):
         with pytest.raises(Cut):
             train(parts, watch=cut_after(step))
     resumed = train(parts)
     assert numbers(resumed) == numbers(uncut)
-    logged = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in logged] == resumed
-    first, second = weights(whole), weights(parts)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert read_metrics(tmp_path / "parts" / "metrics.jsonl") == resumed
+    assert_same_weights(complete, parts)
 
 
-def test_dropout_is_at_work_in_that_test(small, tmp_path):
+def test_dropout_changes_the_loss_of_that_student(small, tmp_path):
     losses = []
     for dropout in (0.0, 0.2):
-        config = small(
-            student_model=student_with_dropout(tmp_path / "student", dropout), student_random_init=True, max_steps=1,
-            output_dir=str(tmp_path / f"run{dropout}"),
-        )  # fmt: skip
-        losses.append(train(config)[1]["train/loss"])
-    assert losses[0] != losses[1]
+        folder = student_with_dropout(tmp_path / "student", dropout)
+        losses.append(train(small(student_model=folder, student_random_init=True, max_steps=1, resume="never")))
+    assert losses[0][1]["train/loss"] != losses[1][1]["train/loss"]
 
 
-def test_the_last_three_are_kept_and_nothing_else_is_left(small):
-    config = small(max_steps=10, save_steps=2)
-    train(config)
-    names = sorted(os.listdir(Path(config.output_dir) / "checkpoints"))
-    assert names == ["step_00000006", "step_00000008", "step_00000010"]
-    assert sorted(os.listdir(config.output_dir)) == ["checkpoints", "config.yaml", "final", "metrics.jsonl"]
-
-
-def test_the_oldest_goes_only_once_the_new_one_is_there(small, monkeypatch):
-    config = small(max_steps=8, save_steps=2)
-    train(config)
-    before = checkpoints(config.output_dir)
-    config = small(max_steps=8, save_steps=2, resume="never")
-    seen = []
+def test_newest_three_are_kept_and_the_oldest_is_removed_after_the_new_one_is_there(small, monkeypatch):
+    config, seen = small(max_steps=10, save_steps=2), []
     rename = os.rename
 
     def watched(source, target):
@@ -112,10 +101,13 @@ def test_the_oldest_goes_only_once_the_new_one_is_there(small, monkeypatch):
 
     monkeypatch.setattr(os, "rename", watched)
     train(config)
-    assert len(before) == 3 and seen == [0, 1, 2, 3]  # three whole ones while the fourth was being renamed
+    assert seen == [0, 1, 2, 3, 3]
+    names = sorted(os.listdir(Path(config.output_dir) / "checkpoints"))
+    assert names == ["step_00000006", "step_00000008", "step_00000010"]
+    assert sorted(os.listdir(config.output_dir)) == ["checkpoints", "config.yaml", "final", "metrics.jsonl"]
 
 
-def test_a_save_that_was_cut_short_is_not_a_checkpoint(small, monkeypatch):
+def test_save_that_is_cut_leaves_no_checkpoint_and_its_files_are_removed(small, monkeypatch):
     config = small(max_steps=6, save_steps=2)
     from torch.distributed import checkpoint as dcp
 
@@ -131,46 +123,27 @@ def test_a_save_that_was_cut_short_is_not_a_checkpoint(small, monkeypatch):
     with pytest.raises(Cut):
         train(config)
     assert [path.name for path in checkpoints(config.output_dir)] == ["step_00000002"]
-    history = train(config)
-    assert [event["train/step"] for event in history if "train/step" in event] == [1, 2, 3, 4, 5, 6]
+    assert steps_of(train(replace(config, save_steps=3))) == [1, 2, 3, 4, 5, 6]
     assert not [name for name in os.listdir(Path(config.output_dir) / "checkpoints") if name.startswith(".")]
 
 
-def test_a_finished_run_started_again_changes_nothing(small):
-    config = small(save_steps=3)
-    first = train(config)
-    before = weights(config)
-    assert train(config) == first
-    assert all(torch.equal(before[name], value) for name, value in weights(config).items())
-
-
-def test_no_teacher_is_in_a_checkpoint(small):
+def test_checkpoint_holds_no_teacher_tied_weights_once_and_no_pickle(small):
     config = small(max_steps=1)
     train(config)
     (path,) = checkpoints(config.output_dir)
     tensors = {name: t for file in path.glob("*.safetensors") for name, t in load_file(file).items()}
     assert {name.split(".")[0] for name in tensors} == {"model", "optimizer", "rng"}
-    names = {file.suffix or file.name for file in path.iterdir()}
-    assert names == {".safetensors", ".json", "SHA256SUMS"}  # nothing pickled
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
     student = AutoModelForCausalLM.from_pretrained(Path(config.output_dir) / "final")
     saved = sum(t.numel() for name, t in tensors.items() if name.startswith("model."))
-    assert saved == count_parameters(student)  # tied weights once, and not the teacher's
+    assert saved == count_parameters(student)
 
 
 # --- which checkpoint
 
-
-def test_another_configuration_in_the_folder_is_refused_with_the_fields(small):
-    train(small(max_steps=1))
-    with pytest.raises(UsageError) as error:
-        train(small(max_steps=1, alpha=0.5, learning_rate=1e-3))
-    for words in ("alpha was 0.0, is 0.5", "learning_rate was 0.002, is 0.001", "--output_dir", "--resume never"):
-        assert words in str(error.value)
-
-
 # Fields that say how a run is watched, stored and laid out. All others decide what it computes.
-FREE = {"output_dir", "resume", "logging_steps", "eval_steps", "save_steps", "keep_checkpoints", "num_proc",
-        "teacher_placement", "targets_dir", "export_dtype", "fused_loss", "compile_loss", "use_wandb", "wandb_project",
+FREE = {"output_dir", "resume", "logging_steps", "eval_steps", "save_steps", "keep_checkpoints", "teacher_placement",
+        "targets_dir", "export_dtype", "fused_loss", "compile_loss", "num_proc", "use_wandb", "wandb_project",
         "wandb_entity", "wandb_run_name"}  # fmt: skip
 
 
@@ -178,7 +151,7 @@ def test_each_field_that_is_not_free_is_refused_by_name_on_resume(small):
     config = small(max_steps=1, packing=False, targets_dir="stored")
     train(config)
     for name in set(FIELDS) - FREE:
-        with pytest.raises(UsageError, match=rf"another configuration: {name} was .*, is [^;]*\. Choose"):
+        with pytest.raises(UsageError, match=rf"another configuration: {name} was .*, is [^;]*\. Choose.*resume never"):
             train(with_another(config, name))
 
 
@@ -188,43 +161,60 @@ def test_all_free_fields_together_are_accepted_on_resume(small, tmp_path):
         train(config, watch=cut_after(3))
     moved = shutil.copytree(config.output_dir, tmp_path / "moved")
     given = {"output_dir": str(moved), "resume": str(moved / "checkpoints" / "step_00000002")}
-    history = train(replace(with_another(config, *FREE - given.keys()), **given))
-    assert [event["train/step"] for event in history if "train/step" in event] == [1, 2, 3]
+    given |= {"compile_loss": False}
+    assert steps_of(train(replace(with_another(config, *FREE - given.keys()), **given))) == [1, 2, 3]
+
+
+def test_batch_size_and_accumulation_may_change_if_the_rows_of_a_step_do_not(small, saved, run):
+    shutil.rmtree(checkpoints(run.output_dir)[-1])
+    history = train(replace(run, batch_size=2, gradient_accumulation_steps=2))
+    expected = read_metrics(Path(saved.output_dir) / "metrics.jsonl")
+    assert [e["train/loss"] for e in history[5:-1]] == pytest.approx(
+        [e["train/loss"] for e in expected[5:-1]], rel=1e-5
+    )
 
 
 def test_never_starts_over(small):
     train(small(max_steps=4, save_steps=1))
-    history = train(small(max_steps=2, alpha=0.5, resume="never"))
-    assert [event["train/step"] for event in history if "train/step" in event] == [1, 2]
+    assert steps_of(train(small(max_steps=2, alpha=0.5, resume="never"))) == [1, 2]
     assert [path.name for path in checkpoints(small().output_dir)] == ["step_00000002"]
 
 
-def test_a_path_goes_on_from_there(small):
-    config = small(max_steps=6, save_steps=2)
-    first = train(config)
-    history = train(small(max_steps=6, save_steps=2, resume=f"{config.output_dir}/checkpoints/step_00000004"))
-    assert numbers(history) == numbers(first)
+def test_path_or_finished_run_is_resumed_with_the_same_result(saved, run):
+    expected = numbers(read_metrics(Path(saved.output_dir) / "metrics.jsonl"))
+    assert numbers(train(run)) == expected
+    assert numbers(train(replace(run, resume=f"{run.output_dir}/checkpoints/step_00000004"))) == expected
+    assert_same_weights(saved, run)
 
 
-def test_a_path_that_is_no_checkpoint_is_named(small, tmp_path):
-    with pytest.raises(UsageError, match="which is no checkpoint"):
+def test_run_cut_before_its_first_checkpoint_starts_again(small):
+    config = small(max_steps=3)
+    with pytest.raises(Cut):
+        train(config, watch=cut_after(2))
+    assert [event.get("eval/step") for event in train(config)] == [0, None, None, None, 3]
+
+
+def test_path_that_is_not_a_checkpoint_is_named(small, tmp_path):
+    with pytest.raises(UsageError, match="which is not a checkpoint"):
         find_checkpoint(small(resume=str(tmp_path)), start_accelerator())
 
 
-def test_an_output_folder_that_cannot_be_written_is_named(small, tmp_path):
+def test_output_folder_that_cannot_be_written_is_named(small, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"output_dir .* cannot be written"):
         train(small(output_dir=str(tmp_path / "file" / "run")))
 
 
-# --- the student that is left
+# --- the exported student
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_final_is_a_folder_that_transformers_loads(small, tmp_path, tied):
+def test_final_is_loaded_by_transformers_with_the_trained_weights(small, tmp_path, tied):
     folder = student_with_dropout(tmp_path / "student", tie_word_embeddings=tied)
     config = small(student_model=folder, student_random_init=True, max_steps=3)
+    before = os.umask(0o022)
     train(config)
+    os.umask(before)
     final = Path(config.output_dir) / "final"
     model = AutoModelForCausalLM.from_pretrained(final)
     assert type(model).__name__ == "LlamaForCausalLM" and model.config.tie_word_embeddings == tied
@@ -235,29 +225,20 @@ def test_final_is_a_folder_that_transformers_loads(small, tmp_path, tied):
         assert torch.equal(saved[f"model.model.{name}"], value), name
     assert AutoTokenizer.from_pretrained(final)("import os")["input_ids"][0] == 0
     assert yaml.safe_load((Path(config.output_dir) / "config.yaml").read_text())["student_model"] == folder
+    for path in Path(config.output_dir).rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644), path
 
 
-# --- kills
+# --- kills and damage
 
 
-def test_a_killed_run_ends_as_one_left_alone(tmp_path):
-    """SIGKILL in an evaluation, in a save and while exporting, each time the same command again."""
+def test_run_killed_in_an_evaluation_a_save_and_the_export_ends_as_one_that_is_not(tmp_path):
     alone = DistillConfig(**kills.RUN, max_steps=16, output_dir=str(tmp_path / "alone_1"))
     train(alone)
     moments = ["in an evaluation", "in a save", "while exporting"]
     result = kills.series(tmp_path, moments, num_ranks=1, max_steps=16)
     assert result["kills"].total() == result["restarts"] == 3
     assert (result["lost"], result["once"], result["equal"]) == (0, True, True)
-
-
-def test_killed_before_the_first_checkpoint_it_begins_anew(small):
-    config = small(max_steps=3)
-    with pytest.raises(Cut):
-        train(config, watch=cut_after(2))
-    assert [event.get("eval/step") for event in train(config)] == [0, None, None, None, 3]
-
-
-# --- broken checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -276,9 +257,9 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def run(saved, tmp_path):
-    """A copy of it that may be damaged."""
+    """A copy of that run, which a test may damage."""
     shutil.copytree(saved.output_dir, tmp_path / "run")
-    return DistillConfig(**{**vars(saved), "output_dir": str(tmp_path / "run")})
+    return replace(saved, output_dir=str(tmp_path / "run"))
 
 
 def truncate(path):
@@ -287,86 +268,75 @@ def truncate(path):
 
 def flip_a_bit(path):
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
+    content[20] ^= 4
     path.write_bytes(content)
 
 
-def drop_a_line(path):
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+def drop_a_tensor(path):
+    rewrite(path.parent, lambda tensors: dict(list(tensors.items())[1:]), record=False)
 
 
-def keep_nothing_but(path):
-    for other in set(path.parent.iterdir()) - {path}:
-        other.unlink()
+def write(text):
+    return lambda path: path.write_text(text)
+
+
+def rewrite(path, change, record=True):
+    """Change the tensors of a checkpoint, and the size that is recorded."""
+    with safe_open(path / SHARD, "pt") as file:
+        parts = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+    tensors = change(load_file(path / SHARD))
+    parts = {name: parts.get(name, {"saved_offsets": [0] * value.ndim}) for name, value in tensors.items()}
+    save_file(tensors, path / SHARD, metadata={"DCP_SHARDING_INFO": json.dumps(parts)})
+    if record:
+        state = json.loads((path / "trainer.json").read_text())
+        (path / "trainer.json").write_text(json.dumps({**state, "files": {SHARD: (path / SHARD).stat().st_size}}))
 
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
-DAMAGES = [
-    (truncate, SHARD, f"{SHARD} ("),
-    (flip_a_bit, SHARD, "is not what was written"),
-    (Path.unlink, SHARD, f"{SHARD} is missing"),
-    (flip_a_bit, "trainer.json", "trainer.json"),
-    (Path.unlink, "trainer.json", "trainer.json is missing"),
-    (Path.unlink, "SHA256SUMS", "SHA256SUMS is missing"),
-    (drop_a_line, "SHA256SUMS", "SHA256SUMS does not list trainer.json"),
-    (truncate, "SHA256SUMS", "SHA256SUMS does not list"),
-    (flip_a_bit, "SHA256SUMS", ""),
-    (keep_nothing_but, "SHA256SUMS", "is missing"),
-]
+DAMAGES = {
+    "truncated": (truncate, SHARD, f"{SHARD} has "),
+    "missing": (Path.unlink, SHARD, f"{SHARD} is missing"),
+    "tensor": (drop_a_tensor, SHARD, f"{SHARD} has "),
+    "header": (flip_a_bit, SHARD, f"{SHARD} cannot be read"),
+    "state missing": (Path.unlink, "trainer.json", "trainer.json is missing"),
+    "state truncated": (truncate, "trainer.json", "trainer.json cannot be read"),
+    "state empty": (write(""), "trainer.json", "trainer.json cannot be read"),
+    "state without files": (write('{"step": 6}'), "trainer.json", "trainer.json cannot be read"),
+    "state of another kind": (write('{"files": [1]}'), "trainer.json", "trainer.json cannot be read"),
+}
 
 
-@pytest.mark.parametrize("damage, file, why", DAMAGES, ids=lambda x: getattr(x, "__name__", None))
-def test_a_broken_checkpoint_is_passed_over_and_named(run, capsys, damage, file, why):
+@pytest.mark.parametrize("damage, file, why", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_checkpoint_is_skipped_with_its_reason(run, capsys, damage, file, why):
     before, newest = checkpoints(run.output_dir)[-2:]
     damage(newest / file)
     assert find_checkpoint(run, start_accelerator()) == before
-    (line,) = capsys.readouterr().out.splitlines()
-    assert why in line and "step_00000006 (" in line and "going on from step_00000004" in line
+    note, _ = capsys.readouterr().out.splitlines()
+    assert f"step_00000006 is damaged ({why}" in note and note.endswith("; resuming from step_00000004")
+    with pytest.raises(UsageError, match=r"step_00000006 is damaged|not a checkpoint"):
+        train(replace(run, resume=str(newest)))
 
 
-def test_from_the_one_before_the_run_ends_as_it_would_have(saved, run):
-    for name, damage in (("step_00000006", truncate), ("step_00000004", flip_a_bit)):
-        damage(Path(run.output_dir) / "checkpoints" / name / SHARD)
+def test_run_resumed_from_before_damaged_checkpoints_ends_the_same_and_keeps_good_ones(saved, run):
+    for path in checkpoints(run.output_dir)[1:]:
+        truncate(path / SHARD)
+    with pytest.raises(Cut):
+        train(replace(run, save_steps=1, keep_checkpoints=1), watch=cut_after(4))
+    assert [path.name for path in checkpoints(run.output_dir)] == ["step_00000003"]
     assert numbers(train(run)) == numbers(read_metrics(Path(saved.output_dir) / "metrics.jsonl"))
-    assert all(torch.equal(value, weights(run)[name]) for name, value in weights(saved).items())
+    assert_same_weights(saved, run)
 
 
-def test_without_a_whole_one_the_error_says_what_was_tried_and_nothing_is_touched(run):
+def test_only_damaged_checkpoints_are_an_error_and_nothing_is_changed(run):
     for path in checkpoints(run.output_dir):
         truncate(path / SHARD)
     (checkpoints(run.output_dir)[0] / "trainer.json").unlink()
     before = sorted(Path(run.output_dir).rglob("*"))
     with pytest.raises(UsageError) as error:
         train(run)
-    for words in ("step_00000006 (shard", "step_00000004 (shard", "step_00000002 (", "--resume never"):
+    for words in (f"step_00000006 is damaged ({SHARD}", "step_00000004 is", "step_00000002 is", "--resume never"):
         assert words in str(error.value)
     assert sorted(Path(run.output_dir).rglob("*")) == before
-
-
-def test_a_path_to_a_broken_one_is_refused(run):
-    path = checkpoints(run.output_dir)[-1]
-    flip_a_bit(path / SHARD)
-    with pytest.raises(UsageError, match="is not what was written"):
-        train(DistillConfig(**{**vars(run), "resume": str(path)}))
-
-
-def test_broken_ones_do_not_push_out_whole_ones(run):
-    for path in checkpoints(run.output_dir)[1:]:
-        truncate(path / SHARD)
-    config = DistillConfig(**{**vars(run), "save_steps": 1, "keep_checkpoints": 1})
-    with pytest.raises(Cut):
-        train(config, watch=cut_after(4))
-    assert [path.name for path in checkpoints(run.output_dir)] == ["step_00000003"]
-
-
-def rewrite(path, change):
-    """Change the tensors of a checkpoint, and its checksums with them."""
-    with safe_open(path / SHARD, "pt") as file:
-        parts = json.loads(file.metadata()["DCP_SHARDING_INFO"])
-    tensors = change(load_file(path / SHARD))
-    parts = {name: parts.get(name, {"saved_offsets": [0] * value.ndim}) for name, value in tensors.items()}
-    save_file(tensors, path / SHARD, metadata={"DCP_SHARDING_INFO": json.dumps(parts)})
-    files.write_sums(path, {name: files.sha256(path / name) for name in (SHARD, "trainer.json")})
 
 
 @pytest.mark.parametrize(
@@ -378,77 +348,42 @@ def rewrite(path, change):
         (lambda t: {k: v for k, v in t.items() if "exp_avg_sq" not in k}, "optimizer.state.*exp_avg_sq is None"),
     ],
 )
-def test_a_checkpoint_of_something_else_is_not_loaded_in_part(run, change, named):
+def test_checkpoint_of_another_student_is_not_loaded_in_part(run, change, named):
     rewrite(checkpoints(run.output_dir)[-1], change)
     with pytest.raises(UsageError, match=f"does not fit the student: .*{named}"):
         train(run)
 
 
-def test_it_is_on_the_disk_before_it_counts(small, monkeypatch):
-    """The order in which a power cut could otherwise undo things: content, name, the folder with the name."""
+def test_content_is_on_the_disk_before_each_rename(small, monkeypatch):
+    """A power cut could otherwise leave a name without its content: sync content, rename, sync the folder."""
     config, done = small(max_steps=2, save_steps=2), []
-    rename = os.rename
+    rename, replace_file = os.rename, os.replace
+
+    def watch(call):
+        def watched(source, target):
+            inside = [path for path in Path(source).rglob("*") if path.is_file()] if Path(source).is_dir() else []
+            done.append((Path(target), {Path(source), *inside}))
+            call(source, target)
+
+        return watched
+
     monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
-    monkeypatch.setattr(os, "rename", lambda a, b: (done.append(("rename", Path(b).name)), rename(a, b)))
+    monkeypatch.setattr(os, "rename", watch(rename))
+    monkeypatch.setattr(os, "replace", watch(replace_file))
     train(config)
-    (newest,) = checkpoints(config.output_dir)
-    named = done.index(("rename", newest.name))
-    aside = newest.with_name(f".writing_{newest.name}")
-    for path in [*(aside / file.name for file in newest.iterdir()), aside, Path(config.output_dir) / "metrics.jsonl"]:
-        assert path in done[:named], path
-    assert newest.parent in done[named:]
-    final = Path(config.output_dir) / "final"
-    named = done.index(("rename", "final"))
-    assert {final.with_name(".writing_final") / file.name for file in final.iterdir()} <= set(done[:named])
-
-
-class Disk:
-    """Watches what is renamed, and whether its content was on the disk by then."""
-
-    def __init__(self, monkeypatch):
-        self.synced, self.names, self.unsafe = {}, [], []
-        monkeypatch.setattr(os, "fsync", partial(self._fsync, os.fsync))
-        for name in ("rename", "replace"):
-            monkeypatch.setattr(os, name, partial(self._rename, getattr(os, name)))
-
-    def _fsync(self, fsync, descriptor):
-        fsync(descriptor)
-        status = os.stat(descriptor)
-        self.synced[status.st_dev, status.st_ino] = status.st_mtime_ns
-
-    def _rename(self, rename, source, target, **options):
-        self.unsafe += [(target, path) for path in [Path(source), *Path(source).rglob("*")] if not self.has(path)]
-        self.names.append(Path(target))
-        rename(source, target, **options)
-
-    def has(self, path) -> bool:
-        """Whether a file, or a folder's list of names, was synced after it was last written."""
-        status = os.stat(path)
-        return self.synced.get((status.st_dev, status.st_ino)) == status.st_mtime_ns
-
-
-def test_content_is_on_the_disk_before_any_renaming_and_at_the_end(small, tmp_path, monkeypatch):
-    """A file that is renamed before its content is written may be there, and empty, after a power cut."""
-    text, targets = tmp_path / "text.jsonl", tmp_path / "targets"
-    text.write_text("".join(json.dumps({"text": f"text number {i} " * 9}) + "\n" for i in range(200)))
-    config = small(dataset=str(text), targets="hidden", targets_dir=str(targets), max_steps=2, save_steps=1)
-    load_rows(replace(config, max_length=32), load_tokenizer(config))  # `datasets` makes its own files here
-    disk = Disk(monkeypatch)
-    store(config)
-    train(config)
-    assert not disk.unsafe
-    assert {path.name for path in disk.names} | {path.suffix for path in disk.names} >= {
-        ".arrow", "targets.json", "head.safetensors", "train-000000.safetensors", "config.yaml", "metrics.jsonl",
-        "step_00000001", "step_00000002", "final",
-    }  # fmt: skip
-    made = {path for name in disk.names for path in name.parent.glob(f"{name.stem}*") if path.suffix != ".lock"}
-    assert not [path for path in made if not disk.has(path)]
+    renames = {entry[0]: (index, entry[1]) for index, entry in enumerate(done) if isinstance(entry, tuple)}
+    (newest,), folder = checkpoints(config.output_dir), Path(config.output_dir)
+    for target in (newest, folder / "final", folder / "config.yaml", folder / "metrics.jsonl"):
+        index, sources = renames[target]
+        assert all(source in done[:index] for source in sources), target
+        assert target.parent in done[index:], target
+    assert folder / "metrics.jsonl" in done[renames[folder / "metrics.jsonl"][0] : renames[newest][0]]
 
 
 # --- full disks
 
 
-def test_a_save_that_fails_stops_the_run_and_keeps_what_was_saved(saved, run, no_file_above):
+def test_save_that_fails_stops_the_run_and_keeps_the_earlier_checkpoints(saved, run, no_file_above):
     for path in checkpoints(run.output_dir)[1:]:
         shutil.rmtree(path)
     with no_file_above(2**20), pytest.raises(RunStopped) as error:
@@ -457,11 +392,11 @@ def test_a_save_that_fails_stops_the_run_and_keeps_what_was_saved(saved, run, no
         assert words in str(error.value)
     assert os.listdir(Path(run.output_dir) / "checkpoints") == ["step_00000002"]
     train(run)  # with room again
-    assert all(torch.equal(value, weights(run)[name]) for name, value in weights(saved).items())
+    assert_same_weights(saved, run)
 
 
-def test_a_full_disk_ends_the_command_with_one_line(small, tmp_path):
-    """A real one: a file system of 16 MB in memory, with room for two checkpoints and a half."""
+def test_full_disk_ends_the_command_with_one_line(small, tmp_path):
+    """A file system of 16 MB in memory, with room for two checkpoints and a half."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(disk)]

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from helpers import student_with_dropout
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kdkit.compare import compare, main
 from kdkit.config import UsageError
 from kdkit.data import collate, load_rows
-from kdkit.evaluate import compare, describe_start, evaluate, main
+from kdkit.evaluate import describe_metrics, evaluate
 from kdkit.losses import IGNORE_INDEX, forward_kl, reverse_kl, total_variation
 from kdkit.models import ASSETS, BodyAndHead, load_teacher, load_tokenizer
 from kdkit.train import train
@@ -38,9 +39,11 @@ def by_hand(student, teacher, rows, per_token):
 
 def test_a_teacher_worse_than_the_student_is_warned_of(setting):
     config, rows, student, teacher = setting
-    fine = describe_start(evaluate(student, teacher, rows, config, pad_token_id=2))
+    fine = describe_metrics(evaluate(student, teacher, rows, config, pad_token_id=2), 0)
     assert fine.startswith("before   held-out CE: teacher 2.") and "warning" not in fine
-    assert "warning  the teacher is worse" in describe_start(evaluate(teacher, student, rows, config, pad_token_id=2))
+    assert "warning  the teacher is worse" in describe_metrics(
+        evaluate(teacher, student, rows, config, pad_token_id=2), 0
+    )
 
 
 def test_each_metric_is_its_definition(setting):

@@ -1,4 +1,4 @@
-"""Models and data from a hub: a small server on this machine that answers as the hub does."""
+"""Models and datasets from a hub: a small server on this machine that answers as the hub does."""
 
 import hashlib
 import http.server
@@ -29,7 +29,7 @@ configs:
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What transformers and datasets ask of the hub: is there such a repository, what is in it, and each file."""
+    """What transformers and datasets ask the hub for: whether a repository exists, its list of files, and each file."""
 
     repositories: dict[str, dict[str, bytes]] = {}  # noqa: RUF012  ("datasets/some/data" -> path -> content)
     asked: list[str] = []  # noqa: RUF012
@@ -81,7 +81,7 @@ def hash_of(content):
 
 @pytest.fixture
 def hub(tmp_path):
-    """The environment of a process that has a hub with some/model and some/data, and an empty cache."""
+    """The environment of a process with an empty cache and a hub that has some/model and some/data."""
     lines = [json.dumps({"messages": [{"role": r, "content": f"{r} {i}"} for r in ("user", "assistant")]})
              for i in range(30)]  # fmt: skip
     Hub.repositories = {
@@ -112,7 +112,7 @@ def python_m(module, *argv, env):
     return subprocess.run([sys.executable, "-m", module, *argv], capture_output=True, text=True, env=env)
 
 
-def test_a_run_from_the_hub_and_then_without_it(hub, tmp_path):
+def test_run_from_the_hub_is_cached_for_use_offline(hub, tmp_path):
     data = ["--teacher_model", "some/model", "--dataset", "some/data", "--dataset_config", "small",
             "--eval_split", "test", "--max_length", "64"]  # fmt: skip
     done = python_m(
@@ -131,22 +131,21 @@ def test_a_run_from_the_hub_and_then_without_it(hub, tmp_path):
 
     other = python_m("kdkit.data", *data[:4], "--dataset_config", "third", env=hub)
     assert other.stderr.strip().splitlines()[-1].startswith("kdkit: dataset some/data could not be loaded")
-    assert "third" in other.stderr and "small" in other.stderr  # those that there are
+    assert "third" in other.stderr and "small" in other.stderr  # the configurations that exist
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_the_reason_is_found_however_deep_it_is_wrapped(depth):
+def test_reason_in_a_wrapped_error_is_found_at_any_depth(depth):
     error: Exception = PermissionError(28, "No space left on device")
     for _ in range(depth):
         try:
             raise RuntimeError("wrapped") from error
         except RuntimeError as wrapped:
             error = wrapped
-    assert isinstance(explain("dataset", "x", error, "y"), UsageError)
-    assert "does not fit on the disk" in str(explain("dataset", "x", error, "y"))
+    explained = explain("dataset", "x", error, "y")
+    assert isinstance(explained, UsageError) and "does not fit on the disk" in str(explained)
 
 
-def test_an_unknown_reason_is_quoted_with_the_remedy():
-    assert (
-        str(explain("dataset", "x", ValueError("odd\nlong"), "try y")) == "dataset x could not be loaded: odd (try y)"
-    )
+def test_unknown_reason_is_quoted_with_the_remedy():
+    error = explain("dataset", "x", ValueError("odd\nlong"), "try y")
+    assert str(error) == "dataset x could not be loaded: odd (try y)"

@@ -1,9 +1,10 @@
-"""Save, resume, keep the last few, export.
+"""Save, find and load checkpoints; export the trained student.
 
-A checkpoint is a folder of safetensors files and a small JSON: the student, the optimizer, the state of the random
-numbers and the step. No teacher, and nothing that runs code when it is read. It is complete or it is not there: it is
-written aside, renamed when it is whole, and only then is the oldest one removed. What happens to it later, its
-checksums tell: a checkpoint that is not whole is passed over, and never loaded in part.
+A checkpoint is a folder of safetensors files (student, optimizer, random numbers) and trainer.json (step, and the size
+of each file). It holds no teacher and nothing that runs code when it is loaded. It is written under a temporary name
+and renamed when all of it is on the disk, so a folder named step_* was complete when it was written. A checkpoint that
+was damaged later (a missing or truncated file, an unreadable header) is skipped, and never loaded in part. Flipped bits
+inside the data of a tensor are not detected: that would take a checksum, and so a second reading, of every checkpoint.
 """
 
 import json
@@ -15,112 +16,113 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from safetensors import SafetensorError, safe_open
 
 from kdkit.config import FIELDS, DistillConfig, RunStopped, UsageError, read_config
-from kdkit.data import Steps
 from kdkit.running import files
 from kdkit.running.tracking import WANDB_ID
 
-# What these and the number of ranks make together, the rows of a step, may not.
-STEP_FIELDS = {"batch_size", "gradient_accumulation_steps"}
+WRAPPERS = re.compile(r"^module\.|_checkpoint_wrapped_module\.|_orig_mod\.")  # what wrappers add to a parameter's name
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints of a run, oldest first: complete when they were written."""
+    """The checkpoints of a run, oldest first."""
     return sorted(Path(output_dir).glob("checkpoints/step_" + 8 * "[0-9]"))
 
 
 def find_checkpoint(config: DistillConfig, accelerator: Accelerator) -> Path | None:
-    """The checkpoint to go on from, as `resume` says, or None for a new run. Called by all ranks.
+    """The checkpoint to resume from according to `config.resume`, or None for a new run. Called by all ranks.
 
-    One that is not whole any more is passed over, and said so; without a whole one the run does not start over by
-    itself. A run may go on with another number of ranks. If batch_size or gradient_accumulation_steps make up for it,
-    it sees the same rows in each step as before.
+    Damaged checkpoints are skipped with a message. If all are damaged, the run does not silently start over.
 
     Raises:
-        UsageError: a path that is no checkpoint, none that is whole, or a run of another configuration in the folder.
+        UsageError: a path that is not a checkpoint, only damaged checkpoints, or a run of another configuration.
     """
     if config.resume == "never":
         return None
-    if config.resume == "auto":
-        run_dir, found = Path(config.output_dir), checkpoints(config.output_dir)[::-1]
-    else:
+    run_dir, candidates = Path(config.output_dir), checkpoints(config.output_dir)[::-1]
+    if config.resume != "auto":
         path = Path(config.resume)
-        if not path.is_dir() or not (path / "trainer.json").is_file():
+        run_dir, candidates = path.resolve().parent.parent, [path]
+        if not (path / "trainer.json").is_file():
             raise UsageError(
-                f"resume is {config.resume!r}, which is no checkpoint: expected auto, never, or a folder "
-                "such as runs/demo/checkpoints/step_00000200"
+                f"resume is {config.resume!r}, which is not a checkpoint: expected auto, never, or a folder such as "
+                "runs/demo/checkpoints/step_00000200"
             )
-        run_dir, found = path.resolve().parent.parent, [path]
-    (found,) = broadcast_object_list([found])  # what rank 0 sees
-    whole, broken = None, []
-    for path in found:
-        why = _why_broken(path, accelerator)
-        if not why:
-            whole = path
+    found, damaged = None, []
+    for path in candidates if accelerator.is_main_process else []:
+        if not (reason := _why_damaged(path)):
+            found = path
             break
-        broken.append(f"{path.name} ({why})")
-    if found and whole is None:
+        damaged.append(f"{path.name} is damaged ({reason})")
+    found, damaged = broadcast_object_list([found, "; ".join(damaged)])
+    if damaged and not found:
         raise UsageError(
-            f"no checkpoint to go on from in {found[0].parent} is whole; tried: {'; '.join(broken)}. Put one back, "
-            "give the path of another as --resume, or start over with --resume never, which replaces that run"
+            f"{damaged}: no checkpoint is left to resume from. Restore one, give the path of another one as --resume, "
+            "or start over with --resume never, which replaces the run"
         )
-    if broken:
-        accelerator.print(f"note     not whole: {'; '.join(broken)}; going on from {whole.name}, the one before")
+    rows, rows_before = _rows_per_step(config, accelerator.num_processes), found and _read_state(found)["rows_per_step"]
     if (run_dir / "config.yaml").is_file():
-        _check_same_run(config, run_dir, whole, accelerator.num_processes)
-    return whole
+        _check_same_run(config, run_dir, same_rows=rows == rows_before)
+    if damaged:
+        accelerator.print(f"note     {damaged}; resuming from {found.name}")
+    if found:
+        changed = f" (note: {rows} rows per step, {rows_before} when it was written)" if rows != rows_before else ""
+        accelerator.print(f"resume   {found}{changed}")
+    return found
 
 
-def _why_broken(path: Path, accelerator: Accelerator) -> str:
-    """Why a checkpoint is not whole, the same on all ranks, or "". Each rank reads its share of the files."""
-    needed = {"trainer.json", *(file.name for file in path.glob("*.safetensors"))}
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
-    return next(filter(None, gather_object([files.why_broken(path, needed, share)])), "")
+def _why_damaged(checkpoint: Path) -> str:
+    """Why a checkpoint is damaged, or "". Reads the size and the header of each file, but not the tensors."""
+    name = "trainer.json"
+    try:
+        for name, size in _read_state(checkpoint)["files"].items():
+            if (found := (checkpoint / name).stat().st_size) != size:
+                return f"{name} has {found:,} bytes, expected {size:,}"
+            safe_open(checkpoint / name, "pt")
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{name} cannot be read: {error}"
+    return ""
 
 
-def _check_same_run(config: DistillConfig, run_dir: Path, checkpoint: Path | None, num_ranks: int) -> None:
-    before, now = read_config(run_dir / "config.yaml").as_dict(), config.as_dict()
-    if checkpoint is not None:
-        rows = config.batch_size * config.gradient_accumulation_steps * num_ranks
-        if rows == json.loads((checkpoint / "trainer.json").read_text())["rows_per_step"]:
-            before |= {name: now[name] for name in STEP_FIELDS}
-    differing = [
-        f"{name} was {before[name]!r}, is {now[name]!r}"
-        for name in now
-        if before[name] != now[name] and not FIELDS[name].metadata.get("may_change")
+def _read_state(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "trainer.json").read_text())
+
+
+def _rows_per_step(config: DistillConfig, num_ranks: int) -> int:
+    return config.batch_size * config.gradient_accumulation_steps * num_ranks
+
+
+def _check_same_run(config: DistillConfig, run_dir: Path, same_rows: bool) -> None:
+    before = read_config(run_dir / "config.yaml")
+    if same_rows:  # a run may be resumed on more ranks with fewer rows on each
+        before.batch_size, before.gradient_accumulation_steps = config.batch_size, config.gradient_accumulation_steps
+    old, new = before.as_dict(), config.as_dict()
+    changes = [
+        f"{name} was {old[name]!r}, is {new[name]!r}"
+        for name in new
+        if old[name] != new[name] and not FIELDS[name].metadata.get("may_change")
     ]
-    if differing:
+    if changes:
         raise UsageError(
-            f"{run_dir} holds a run of another configuration: {'; '.join(differing)}. "
+            f"{run_dir} holds a run of another configuration: {'; '.join(changes)}. "
             "Choose another --output_dir, or start over with --resume never, which replaces that run"
         )
 
 
-def describe_resume(checkpoint: Path | None, steps: Steps) -> str:
-    """A line that says where a run goes on from, and whether its steps have as many rows as before."""
-    if checkpoint is None:
-        return ""
-    state = json.loads((checkpoint / "trainer.json").read_text())
-    line, before = f"\nresume   {checkpoint}", state["rows_per_step"]
-    if state["step"] >= len(steps):
-        line += ": all steps are done, what is left is to write final/"
-    if before != steps.rows_per_step:
-        line += f" (note: {steps.rows_per_step} rows a step, {before} when the checkpoint was written)"
-    return line
-
-
 def prepare_output_dir(config: DistillConfig) -> None:
-    """Make the run's folder and write config.yaml; with resume = never, the run that was there goes."""
+    """Create the folder of the run and write config.yaml. With resume = never, remove the run that was there.
+
+    Temporary folders that a killed run left are removed, too.
+    """
     output_dir = Path(config.output_dir)
+    for parent in (output_dir, output_dir / "checkpoints"):
+        files.remove_leftovers(parent)
     if config.resume == "never":
         for name in ("checkpoints", "final"):
             shutil.rmtree(output_dir / name, ignore_errors=True)
@@ -130,168 +132,146 @@ def prepare_output_dir(config: DistillConfig) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         files.write_text(output_dir / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
     except OSError as error:
-        raise UsageError(f"output_dir {output_dir} cannot be written ({error.strerror}): choose another") from error
+        raise UsageError(f"output_dir {output_dir} cannot be written ({error.strerror}): choose another one") from error
 
 
-def _state(accelerator: Accelerator, student, optimizer) -> tuple[dict, dict, dict]:
-    """The run's state as one flat dict of tensors, and the two parts it was made of."""
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    model_state, optimizer_state = get_state_dict(student, optimizer, options=options)
-    wrappers = re.compile(r"^module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
-    once = {wrappers.sub("", name) for name, _ in [*student.named_parameters(), *student.named_buffers()]}
-    tensors = {f"model.{name}": value for name, value in model_state.items() if name in once}  # tied weights once
-    tensors |= {f"optimizer.{n}": value for n, value in optimizer_state.items() if isinstance(value, torch.Tensor)}
-    tensors |= {f"rng.{accelerator.process_index}.{name}": value for name, value in _random_state().items()}
-    return tensors, model_state, optimizer_state
+def _unique_names(student: torch.nn.Module) -> set[str]:
+    """Names of the parameters and buffers, without those that wrappers add; tied weights have one name."""
+    return {WRAPPERS.sub("", name) for name, _ in [*student.named_parameters(), *student.named_buffers()]}
 
 
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
+def _tensors(accelerator: Accelerator, student, optimizer) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name: not copies, so loading into them loads into student and optimizer."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options, names = StateDictOptions(flatten_optimizer_state_dict=True), _unique_names(student)
+    model_state, optimizer_state = get_state_dict(student, optimizer.optimizer, options=options)
+    random_state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+        random_state["cuda"] = torch.cuda.get_rng_state()
+    tensors = {f"model.{name}": value for name, value in model_state.items() if name in names}
+    tensors |= {f"optimizer.{n}": value for n, value in optimizer_state.items() if isinstance(value, torch.Tensor)}
+    return tensors | {f"rng.{accelerator.process_index}.{name}": value for name, value in random_state.items()}
 
 
 def save_checkpoint(accelerator: Accelerator, student, optimizer, step: int, config: DistillConfig) -> None:
-    """Write checkpoints/step_{step}, complete or not at all, then remove the oldest beyond `keep_checkpoints`.
+    """Write checkpoints/step_{step}, then remove all but the newest `keep_checkpoints`. Called by all ranks.
 
-    Called by all ranks. `student` and `optimizer` are the prepared ones. Checkpoints of later steps go too: they are
-    of a run that went on from here once, and were passed over when it was started again.
+    `student` and `optimizer` are the prepared ones. Checkpoints of later steps are removed, too: they belong to an
+    earlier attempt, which was resumed from before them.
 
     Raises:
-        RunStopped: it could not be written (a full disk, say).
+        RunStopped: the checkpoint could not be written (a full disk, for example).
     """
+    import torch.distributed.checkpoint as dcp
+
     root = Path(config.output_dir) / "checkpoints"
-    final, aside = root / f"step_{step:08d}", root / f".writing_step_{step:08d}"
-    tensors, _, _ = _state(accelerator, student, optimizer.optimizer)
-    rank, num_ranks, sums = accelerator.process_index, accelerator.num_processes, {}
+    final, temporary = root / f"step_{step:08d}", root / f".writing_step_{step:08d}"
+    tensors = _tensors(accelerator, student, optimizer)
 
-    def clean():
-        for leftover in [*root.glob(".writing_step_*"), *root.glob(".removing_step_*")]:
-            shutil.rmtree(leftover)
-
-    def write():
+    def write():  # each rank writes its shards
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process")
-            dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(aside), save_distributed=True))
-        mine = sorted(aside.glob("*.safetensors"))[rank::num_ranks]
-        sums.update({file.name: files.sha256(file) for file in mine})
+            dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True))
 
     def complete():
-        rows = config.batch_size * config.gradient_accumulation_steps * num_ranks
-        state = {"step": step, "rows_per_step": rows, "num_ranks": num_ranks}
-        (aside / "trainer.json").write_text(json.dumps(state))
-        files.write_sums(aside, {**all_sums, "trainer.json": files.sha256(aside / "trainer.json")})
-        files.sync(root.parent / "metrics.jsonl")  # the lines before this step may not be lost when it is not
-        files.publish(aside, final)
+        num_ranks = accelerator.num_processes
+        state = {"step": step, "rows_per_step": _rows_per_step(config, num_ranks), "num_ranks": num_ranks}
+        state["files"] = {file.name: file.stat().st_size for file in sorted(temporary.glob("*.safetensors"))}
+        (temporary / "trainer.json").write_text(json.dumps(state))
+        files.sync(root.parent / "metrics.jsonl")  # steps before the checkpoint are not repeated: keep their lines
+        files.publish(temporary, final)
         files.sync(root.parent)
-        kept = [path for path in checkpoints(config.output_dir) if path <= final][-config.keep_checkpoints :]
-        for path in set(checkpoints(config.output_dir)) - set(kept):
+        up_to_now = [path for path in checkpoints(config.output_dir) if path <= final]
+        for path in set(checkpoints(config.output_dir)) - set(up_to_now[-config.keep_checkpoints :]):
             files.remove(path)
 
-    problem = _problem(accelerator, clean, on_main=True) or _problem(accelerator, write)
-    all_sums = {name: digest for part in gather_object([sums]) for name, digest in part.items()}
-    problem = problem or _problem(accelerator, complete, on_main=True)
-    if problem:
-        if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)  # makes room
-        newest = next((path.name for path in checkpoints(config.output_dir)[::-1]), "yet to be written")
-        message = f"step {step} could not be saved in {root} ({problem}); the newest checkpoint is {newest}"
-        raise RunStopped(f"{message}. Make room and start the same command again: it goes on from there")
+    _run_together(accelerator, config, f"step {step}", write, temporary, on_main=False)
+    _run_together(accelerator, config, f"step {step}", complete, temporary)
 
 
-def _problem(accelerator: Accelerator, work: Callable[[], None], on_main: bool = False) -> str:
-    """Do a rank's part of writing; what went wrong with it on any rank, told to all: they stop or go on together."""
+def _run_together(accelerator, config, what: str, work: Callable[[], None], temporary: Path, on_main=True) -> None:
+    """Run `work` on rank 0 or on all ranks. If it fails on any, remove the temporary folder and stop all ranks."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     problem = ""
     if accelerator.is_main_process or not on_main:
         try:
             work()
         except (OSError, SafetensorError) as error:
             problem = str(error)
-        except CheckpointException as error:  # torch's, raised by all ranks
+        except CheckpointException as error:  # raised by torch on all ranks, with the errors of each
             causes = [cause for cause, _ in error.failures.values()]
             if not all(isinstance(cause, OSError) for cause in causes):
                 raise
             problem = str(causes[0])
-    return next(filter(None, gather_object([problem])), "")
+    if problem := next(filter(None, gather_object([problem])), ""):
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)  # frees its space
+        newest = next((path.name for path in checkpoints(config.output_dir)[::-1]), "not written yet")
+        raise RunStopped(
+            f"{what} could not be saved in {temporary.parent} ({problem}); the newest checkpoint is {newest}. Make "
+            "room and run the same command again: it resumes from there"
+        )
 
 
 def load_checkpoint(accelerator: Accelerator, student, optimizer, path: Path) -> int:
-    """Put a checkpoint's state into the prepared student and optimizer, and into the random numbers.
+    """Load a checkpoint into the prepared student and optimizer and into the random number generators.
 
     Returns:
-        The step it was written after.
+        The step after which the checkpoint was written.
 
     Raises:
-        UsageError: a checkpoint of something else than this student and its optimizer; nothing of it is loaded.
+        UsageError: the checkpoint is of another student or optimizer; nothing is loaded then.
     """
-    tensors, model_state, optimizer_state = _state(accelerator, student, optimizer.optimizer)  # filled in place below
-    state = json.loads((path / "trainer.json").read_text())
-    if (
-        accelerator.process_index >= state["num_ranks"]
-    ):  # more ranks than before: the new ones have their seed's numbers
+    import torch.distributed.checkpoint as dcp
+
+    tensors, state = _tensors(accelerator, student, optimizer), _read_state(path)
+    if accelerator.process_index >= state["num_ranks"]:  # a rank that is new keeps the random numbers of its seed
         tensors = {name: value for name, value in tensors.items() if not name.startswith("rng.")}
-    _check_all_there(path, tensors)
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    _check_all_there(path, reader, tensors)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
-    optimizer_state |= {n: tensors[f"optimizer.{n}"] for n in optimizer_state if f"optimizer.{n}" in tensors}
-    set_state_dict(
-        student,
-        optimizer.optimizer,
-        model_state_dict=model_state,
-        optim_state_dict=optimizer_state,
-        options=StateDictOptions(flatten_optimizer_state_dict=True),
-    )
-    random_state = {name.split(".")[-1]: value for name, value in tensors.items() if name.startswith("rng.")}
-    if "cpu" in random_state:
-        torch.set_rng_state(random_state["cpu"])
-    if "cuda" in random_state:
-        torch.cuda.set_rng_state(random_state["cuda"])
+        dcp.load(tensors, storage_reader=reader)
+    for device, set_state in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
+        if (name := f"rng.{accelerator.process_index}.{device}") in tensors:
+            set_state(tensors[name])
     return state["step"]
 
 
-def _check_all_there(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Compare names and sizes, for torch leaves alone what no file holds; and parts, which may lack in a whole size."""
-    saved = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    beyond = {name for name in saved if not name.startswith("rng.")} - tensors.keys()
-    for name in sorted(tensors.keys() | beyond):
-        size, entry = tensors[name].size() if name in tensors else None, saved.get(name)
-        parts = sum(math.prod(chunk.sizes) for chunk in entry.chunks) if entry else 0
-        if entry is None or size != entry.size or parts != math.prod(size):
+def _check_all_there(path: Path, reader, tensors: dict[str, torch.Tensor]) -> None:
+    """Compare names and shapes before anything is loaded: torch silently skips tensors and chunks that are missing."""
+    saved = reader.read_metadata().state_dict_metadata
+    unexpected = {name for name in saved if not name.startswith("rng.")} - tensors.keys()
+    for name in sorted(tensors.keys() | unexpected):
+        shape, entry = tensors[name].size() if name in tensors else None, saved.get(name)
+        numbers = sum(math.prod(chunk.sizes) for chunk in entry.chunks) if entry else 0
+        if entry is None or shape != entry.size or numbers != math.prod(shape):
             raise UsageError(
-                f"{path} does not fit the student: {name} is {entry and tuple(entry.size)} ({parts} numbers) in it, "
-                f"and should be {size and tuple(size)}; use the student it was made with"
+                f"{path} does not fit the student: the shape of {name} is {entry and tuple(entry.size)} in the "
+                f"checkpoint ({numbers} numbers) and {shape and tuple(shape)} in the student; resume with the student "
+                "of that run"
             )
 
 
 def export(accelerator: Accelerator, student, tokenizer, config: DistillConfig) -> Path:
-    """Write final/: the student as a Hugging Face folder that `from_pretrained` loads. Called by all ranks.
+    """Write final/: the student as a Hugging Face folder for `from_pretrained`. Called by all ranks.
 
     Raises:
-        RunStopped: it could not be written.
+        RunStopped: the folder could not be written.
     """
-    state = accelerator.get_state_dict(student)  # gathered, on rank 0
-    model = accelerator.unwrap_model(student).model
-    final, aside = Path(config.output_dir) / "final", Path(config.output_dir) / ".writing_final"
+    state, names = accelerator.get_state_dict(student), _unique_names(student)  # complete tensors, on rank 0
+    model, dtype = accelerator.unwrap_model(student).model, getattr(torch, config.export_dtype)
+    final, temporary = Path(config.output_dir) / "final", Path(config.output_dir) / ".writing_final"
 
     def write():
-        shutil.rmtree(aside, ignore_errors=True)
-        dtype = getattr(torch, config.export_dtype)
-        weights = {name.removeprefix("model."): value.to(dtype) for name, value in state.items()}
-        if model.config.tie_word_embeddings:
-            weights.pop("lm_head.weight", None)  # the embedding's: `from_pretrained` ties it again
-        model.save_pretrained(aside, state_dict=weights)
-        model.config.dtype = dtype  # save_pretrained wrote that of the weights in training
-        model.config.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        files.publish(aside, final)
+        weights = {n.removeprefix("model."): value.to(dtype) for n, value in state.items() if n in names}
+        model.save_pretrained(temporary, state_dict=weights)
+        model.config.dtype = dtype  # save_pretrained wrote the dtype of training
+        model.config.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        files.publish(temporary, final)
 
-    if problem := _problem(accelerator, write, on_main=True):
-        if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise RunStopped(
-            f"the student could not be written to {final}: {problem}. Make room and start the same command again: "
-            "it goes on from the newest checkpoint"
-        )
+    _run_together(accelerator, config, "the student", write, temporary)
     return final

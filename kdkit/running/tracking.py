@@ -1,4 +1,4 @@
-"""Where the metrics go: metrics.jsonl always, Weights & Biases where it is there."""
+"""Log metrics: to metrics.jsonl always, and to Weights & Biases if it is installed and usable."""
 
 import importlib.util
 import json
@@ -9,27 +9,27 @@ from pathlib import Path
 
 from kdkit.config import DistillConfig, RunStopped
 from kdkit.running.files import write_text
+from kdkit.running.hub import first_line
 
 WANDB_ID = "wandb_id.txt"
 
 
 class Tracker:
-    """Writes each logged event as a line of metrics.jsonl, and to Weights & Biases under the same keys.
-
-    Only the main process has one that writes. What was logged where is said in one line.
+    """Writes each event as a line of metrics.jsonl, and to Weights & Biases under the same keys.
 
     Attributes:
-        history: the events so far, those of a run that is gone on with included.
+        history: all events so far, including those before a resumed run's checkpoint.
+        where: one line that says where the events are written.
     """
 
     def __init__(self, config: DistillConfig, step: int = 0, enabled: bool = True, watch: Callable | None = None):
-        """Open the log of a run that goes on after `step`: what was logged beyond it will be logged again.
+        """Open the log of a run.
 
         Args:
             config: the run.
-            step: the step it goes on from.
-            enabled: whether this process writes.
-            watch: called with each event once it is logged.
+            step: the step that the run resumes from. Events after it are removed, since those steps are repeated.
+            enabled: whether this process writes; only the main process does.
+            watch: called with each event after it is written.
         """
         self.history: list[dict] = []
         self.where = ""
@@ -37,31 +37,20 @@ class Tracker:
         if not enabled:
             return
         path = Path(config.output_dir) / "metrics.jsonl"
-        # at step 0 nothing stays: the evaluation before the first step is done again
+        # a run that starts at step 0 repeats the evaluation of step 0, too
         self.history = [event for event in read_metrics(path) if step and event_step(event) <= step]
         write_text(path, "".join(json.dumps(event) + "\n" for event in self.history))
         self._file = path.open("a", encoding="utf-8")
         self._wandb, where = _start_wandb(config)
         self.where = f"metrics  {path}{where}"
 
-    def log_training(self, loss, ce_loss, kl_loss, rate, grad_norm, tokens_per_second, *, step: int, epoch: float):
-        """Log a step: sums over all its micro-batches and ranks, the gradient's norm before clipping."""
-        self._log(
-            {
-                "train/loss": loss,
-                "train/ce_loss": ce_loss,
-                "train/kl_loss": kl_loss,
-                "train/learning_rate": rate,
-                "train/grad_norm": grad_norm,
-                "train/epoch": epoch,
-                "train/step": step,
-                "train/tokens_per_second": tokens_per_second,
-            }
-        )
+    def log_training(self, *, step: int, epoch: float, **metrics: float) -> None:
+        """Log a step: losses summed over micro-batches and ranks, the norm of the gradient before clipping, ..."""
+        self._log({f"train/{name}": value for name, value in (metrics | {"epoch": epoch, "step": step}).items()})
 
     def log_evaluation(self, metrics: dict, *, step: int, epoch: float) -> None:
-        """Log what `kdkit.evaluate.evaluate` returned, and the least loss so far."""
-        losses = [event["eval/loss"] for event in self.history if "eval/loss" in event] + [metrics["eval/loss"]]
+        """Log the result of `kdkit.evaluate.evaluate` and the lowest loss so far."""
+        losses = [event["eval/loss"] for event in [*self.history, metrics] if "eval/loss" in event]
         self._log({**metrics, "eval/min_loss": min(losses), "eval/epoch": epoch, "eval/step": step})
 
     def _log(self, event: dict) -> None:
@@ -72,28 +61,28 @@ class Tracker:
                 self._file.flush()
             except OSError as error:
                 raise RunStopped(
-                    f"{self._file.name} cannot be written ({error.strerror}). Make room and start the same command "
-                    "again: it goes on from the newest checkpoint"
+                    f"{self._file.name} cannot be written ({error.strerror}). Make room and run the same command "
+                    "again: it resumes from the newest checkpoint"
                 ) from error
-        self._try_wandb("log", event)
+        self._call_wandb("log", event)
         if self._watch:
             self._watch(event)
 
     def finish(self) -> None:
-        """Close what is open."""
+        """Close the file and the wandb run."""
         if self._file:
             self._file.close()
-        self._try_wandb("finish")
+        self._call_wandb("finish")
 
-    def _try_wandb(self, method: str, *arguments) -> None:
-        """Call a method of the wandb run. One that fails is the last: it is said, and the training goes on."""
+    def _call_wandb(self, method: str, *arguments) -> None:
+        """Call a method of the wandb run. After the first error wandb is no longer used; the training continues."""
         if self._wandb is None:
             return
         try:
             getattr(self._wandb, method)(*arguments)
-        except Exception as error:  # of whatever kind: its process may be gone, its server, its disk
+        except Exception as error:  # any: its process, the server or the disk may have failed
             self._wandb = None
-            print(f"\nnote     no more to Weights & Biases ({_reason(error)}); the run goes on, with {self._file.name}")
+            print(f"\nnote     Weights & Biases failed ({first_line(error)}); the run continues with {self._file.name}")
 
 
 def event_step(event: dict) -> int:
@@ -102,7 +91,7 @@ def event_step(event: dict) -> int:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The events of a metrics.jsonl. A last line that a kill cut short is left out."""
+    """The events of a metrics.jsonl file. An incomplete last line, left by a kill, is skipped."""
     events = []
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):
@@ -114,39 +103,6 @@ def read_metrics(path: Path) -> list[dict]:
     return events
 
 
-def _start_wandb(config: DistillConfig):
-    """A wandb run or None, and what to say of it. It never asks anything, and never stops a run."""
-    if not config.use_wandb:
-        return None, ""
-    if importlib.util.find_spec("wandb") is None:
-        return None, " (not to Weights & Biases: wandb is not installed; pip install wandb, or --use_wandb false)"
-    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
-    try:
-        import wandb
-
-        if not offline and not wandb.login(prompt=False, verify=False):
-            return None, " (not to Weights & Biases: not logged in; run `wandb login`, or set WANDB_MODE=offline)"
-        run = wandb.init(
-            project=config.wandb_project,
-            entity=config.wandb_entity,
-            name=config.wandb_run_name or run_name(config),
-            id=_wandb_id(config),
-            resume="allow",
-            dir=config.output_dir,
-            config=config.as_dict(),
-            settings=wandb.Settings(
-                silent=True,
-                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 20)),
-                finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", 60)),  # else it waits for a server forever
-            ),
-        )
-        for part in ("train", "eval"):
-            run.define_metric(f"{part}/*", step_metric=f"{part}/step")
-    except Exception as error:  # of whatever kind, see `Tracker._try_wandb`
-        return None, f" (not to Weights & Biases: {_reason(error)})"
-    return run, f" and Weights & Biases ({run.url or 'offline, ' + run.dir})"
-
-
 def run_name(config: DistillConfig) -> str:
     """A name made from the settings."""
     teacher, student = Path(config.teacher_model).name, Path(config.student_model).name
@@ -155,13 +111,37 @@ def run_name(config: DistillConfig) -> str:
     return f"{teacher}-to-{student}-{loss}-seed{config.seed}"
 
 
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+def _start_wandb(config: DistillConfig):
+    """Start a wandb run: (run or None, what to print about it). Never asks a question, never stops the training."""
+    if not config.use_wandb:
+        return None, ""
+    if importlib.util.find_spec("wandb") is None:
+        return None, " (not to Weights & Biases: wandb is not installed; pip install wandb, or --use_wandb false)"
+    id_file = Path(config.output_dir) / WANDB_ID  # a resumed run continues under the same id
+    try:
+        import wandb
 
-
-def _wandb_id(config: DistillConfig) -> str:
-    """The run's id at Weights & Biases: made once, and kept in its folder, so that it goes on under the same."""
-    path = Path(config.output_dir) / WANDB_ID
-    if not path.is_file():
-        write_text(path, secrets.token_hex(4))
-    return path.read_text(encoding="utf-8").strip()
+        offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+        if not offline and not wandb.login(prompt=False, verify=False):
+            return None, " (not to Weights & Biases: not logged in; run `wandb login`, or set WANDB_MODE=offline)"
+        if not id_file.is_file():
+            write_text(id_file, secrets.token_hex(4))
+        run = wandb.init(
+            project=config.wandb_project,
+            entity=config.wandb_entity,
+            name=config.wandb_run_name or run_name(config),
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=config.output_dir,
+            config=config.as_dict(),
+            settings=wandb.Settings(
+                silent=True,
+                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 20)),
+                finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", 60)),  # the default waits forever
+            ),
+        )
+        for part in ("train", "eval"):
+            run.define_metric(f"{part}/*", step_metric=f"{part}/step")
+    except Exception as error:  # any, as in `Tracker._call_wandb`
+        return None, f" (not to Weights & Biases: {first_line(error)})"
+    return run, f" and Weights & Biases ({run.url or 'offline, ' + run.dir})"
