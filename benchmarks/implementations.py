@@ -6,7 +6,11 @@ that is put back here, and said in `CONVENTIONS`: the comparison is then of the 
 """
 
 import os
+import subprocess
+import sys
+import types
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +33,24 @@ def kdkit_dense(hidden, head, teacher_hidden, teacher_head, labels, alpha, tempe
 def kdkit_fused(hidden, head, teacher_hidden, teacher_head, labels, alpha, temperature, **options):
     arguments = {"alpha": alpha, "temperature": temperature, **options}
     return fused_kd_loss(hidden, head, teacher_hidden, teacher_head, labels, **arguments).loss
+
+
+def kdkit_fused_at(commit: str) -> Callable:
+    """The fused loss of an earlier commit of this repository, from its `losses.py` and `fused.py`."""
+    root = Path(__file__).resolve().parent.parent
+    package = f"kdkit_{commit}"
+    sys.modules[package] = types.ModuleType(package)
+    for name in ("losses", "fused"):
+        command = ["git", "-C", str(root), "show", f"{commit}:kdkit/{name}.py"]
+        source = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        module = sys.modules[f"{package}.{name}"] = types.ModuleType(f"{package}.{name}")
+        exec(compile(source.replace("from kdkit.", f"from {package}."), f"{commit}/{name}.py", "exec"), vars(module))
+
+    def kdkit_baseline(*tensors, **options):
+        *inputs, alpha, temperature = tensors
+        return module.fused_kd_loss(*inputs, alpha=alpha, temperature=temperature, **options).loss
+
+    return kdkit_baseline
 
 
 def naive(hidden, head, teacher_hidden, teacher_head, labels, alpha, temperature):

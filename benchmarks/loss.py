@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/loss.py                     # N 2,048, V 32,000, 30% masked, bf16
     OMP_NUM_THREADS=1 python benchmarks/loss.py --vocab 151936 --rounds 3
     OMP_NUM_THREADS=1 python benchmarks/loss.py --masked 0 | --dtype float32 | --only precision
+    OMP_NUM_THREADS=1 python benchmarks/loss.py --baseline 1ca873f [--divergence jsd] --only speed memory
 
 Every round runs all of them once, one after the other, and gives ratios of process time within that round, which a
 busy machine disturbs least; the table has the median and the range over the rounds. Memory is the growth of the
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import implementations
 
 from kdkit import fused
+from kdkit.losses import DIVERGENCES
 
 ALPHA, TEMPERATURE = 0.5, 2.0
 
@@ -58,8 +60,8 @@ def products(inputs: list[torch.Tensor], fp32_logits: bool):
     """The floor: a function that multiplies, into results that are there already, and does nothing else."""
     hidden, head, teacher_hidden, teacher_head, labels = inputs
     hidden, teacher_hidden = hidden[labels != -100], teacher_hidden[labels != -100]
-    student = fused._Model(hidden, fused.Head(head), hidden.dtype)
-    teacher = fused._Model(teacher_hidden, fused.Head(teacher_head), hidden.dtype)
+    student = fused._Model(hidden, head, hidden.dtype)
+    teacher = fused._Model(teacher_hidden, teacher_head, hidden.dtype)
     rows = torch.arange(len(hidden))
     grad = torch.randn(1, len(head)).to(hidden.dtype).expand(len(hidden), -1).contiguous()
     logits = torch.empty(len(hidden), len(head), dtype=torch.float32 if fp32_logits else hidden.dtype)
@@ -67,7 +69,7 @@ def products(inputs: list[torch.Tensor], fp32_logits: bool):
 
     def run() -> None:
         for model in (student, teacher):
-            fused._logits_(model, rows, True, logits)
+            fused._logits(model, rows, logits)
         torch.mm(grad, head, out=d_hidden)
         torch.mm(grad.T, hidden, out=d_head)
 
@@ -78,8 +80,12 @@ def contenders(args: argparse.Namespace) -> dict:
     peers, missing = implementations.peers()
     if multiprocessing.parent_process() is None:
         print(*missing, sep="\n", end="\n" if missing else "")
-    imprecise = partial(implementations.kdkit_fused, precise=False)
-    everything = {"kdkit fused": implementations.kdkit_fused, "kdkit fused, imprecise": imprecise}
+    everything = {"kdkit fused": implementations.kdkit_fused}
+    everything["kdkit fused, compiled"] = partial(implementations.kdkit_fused, compile=True)
+    if args.baseline:
+        everything[f"kdkit fused, {args.baseline}"] = implementations.kdkit_fused_at(args.baseline)
+    if args.divergence != "forward_kl":  # the peers have no other one under the same name
+        return {name: partial(x, divergence=args.divergence) for name, x in everything.items()}
     for size in args.chunk_sizes:
         everything[f"kdkit fused, chunks of {size}"] = partial(implementations.kdkit_fused, chunk_size=size)
     everything |= {"naive": implementations.naive, **peers}
@@ -110,10 +116,11 @@ def measure_speed(args: argparse.Namespace) -> None:
         ratios = [x / y for x, y in zip(seconds[above][1:], seconds[below][1:], strict=True)]
         return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
-    print("\n| | seconds | x products | x products, fp32 logits | naive takes | compiled Liger takes |")
-    print("|---|---|---|---|---|---|")
+    print("\n| | seconds | x products | x products, fp32 logits | x baseline | naive takes | compiled Liger takes |")
+    print("|---|---|---|---|---|---|---|")
     for name in runs:
-        floors = ratio(name, "products"), ratio(name, "products, fp32 logits")
+        baseline = f"kdkit fused, {args.baseline}"
+        floors = ratio(name, "products"), ratio(name, "products, fp32 logits"), ratio(name, baseline)
         times = ratio("naive", name), ratio("liger compiled", name)
         print("|", " | ".join([name, f"{statistics.median(seconds[name][1:]):.2f}", *floors, *times]), "|", flush=True)
 
@@ -223,6 +230,8 @@ def main() -> None:
     parser.add_argument("--only", choices=["speed", "memory", "precision"], nargs="*")
     parser.add_argument("--model", help="precision: the folder of a real teacher, in place of synthetic pairs")
     parser.add_argument("--layers", type=int, nargs="+", default=[29, 27, 20], help="with --model: of the students")
+    parser.add_argument("--baseline", metavar="COMMIT", help="also measure the fused loss of an earlier commit")
+    parser.add_argument("--divergence", default="forward_kl", choices=DIVERGENCES, help="of kdkit alone, if another")
     parser.add_argument("--of", nargs="*", help="names of the losses to measure; all by default")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
