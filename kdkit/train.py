@@ -192,7 +192,7 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
         metrics = evaluate(student, teacher, eval_rows, config, pad_token_id=tokenizer.pad_token_id,
                            vocab_size=pair.vocab_size, accelerator=accelerator)  # fmt: skip
         batches = evaluation_batches(eval_rows, config.batch_size, tokenizer.pad_token_id, accelerator)
-        stop_if_not_finite("the evaluation after step", metrics, batches, step, config, tokenizer, accelerator)
+        stop_if_not_finite("evaluation of step", metrics, batches, step, config, tokenizer, accelerator)
         tracker.log_evaluation(metrics, step=step, epoch=step / steps.steps_per_epoch)
         if accelerator.is_main_process:
             tqdm.write(describe_metrics(metrics, step))

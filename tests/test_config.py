@@ -144,3 +144,23 @@ def test_yaml_makes_no_objects(tmp_path):
     assert not made.exists()
     yaml.unsafe_load((tmp_path / "r.yaml").read_text())
     assert made.exists()  # so the test can fail
+
+
+def test_the_command_prints_the_folder_of_the_accelerate_configurations():
+    command = [sys.executable, "-m", "kdkit", "accelerate_configs"]
+    folder = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    assert (folder / "fsdp.yaml").is_file()
+
+
+def test_a_file_with_a_removed_field_is_accepted_at_its_default_and_else_names_the_replacement(tmp_path):
+    read_config(write(tmp_path / "r.yaml", "group_by_length: false\non_failed_save: stop\nteacher_revision: null"))
+    with pytest.raises(UsageError, match=r"teacher_revision, which was removed: write teacher_model: id@revision"):
+        read_config(write(tmp_path / "r.yaml", "teacher_revision: v2"))
+
+
+def test_the_learning_rate_unset_depends_on_how_the_student_starts():
+    assert DistillConfig().as_dict()["learning_rate"] == 2e-3
+    assert DistillConfig(student_layers=2).as_dict()["learning_rate"] == 2e-5
+    assert DistillConfig(student_model="some/model").peak_learning_rate == 2e-5
+    assert DistillConfig(student_model="some/model", student_random_init=True).peak_learning_rate == 2e-3
+    assert DistillConfig(student_layers=2, learning_rate=1e-4).peak_learning_rate == 1e-4

@@ -122,6 +122,7 @@ def test_step_without_a_token_in_the_loss_is_finite(small, monkeypatch):
 
     def masked(*arguments):
         rows, held_out = load_rows(*arguments)
+        rows = list(rows)
         for index in Steps(rows, config, 2).step_rows(1):
             rows[index]["labels"] = [-100] * len(rows[index]["labels"])
         return rows, held_out

@@ -181,7 +181,7 @@ def gradients_of(small):
 
 def test_gradient_below_max_grad_norm_is_left_as_it_is_and_above_is_scaled_to_it(gradients_of):
     gradient, norm = gradients_of(max_grad_norm=float("inf"))
-    assert gradient.norm().item() == pytest.approx(norm, rel=1e-6) and norm > 0.1
+    assert gradient.norm().item() == pytest.approx(norm, rel=1e-5) and norm > 0.1  # the norm is computed in fp32
     for max_norm in (1.01 * norm, 100 * norm):
         left, logged = gradients_of(max_grad_norm=max_norm)
         assert torch.equal(left, gradient) and logged == norm
@@ -263,7 +263,7 @@ def test_a_mistake_ends_the_command_with_one_line_and_leaves_nothing(tmp_path, m
 def test_it_says_what_it_is_about_to_do(small, capsys):
     train(small(alpha=0.3, temperature=2.0, gradient_accumulation_steps=3, batch_size=2, max_steps=1))
     printed = capsys.readouterr().out
-    for words in ("2.43 M parameters, frozen", "0.53 M parameters, starts at random", "loss = 0.3 * CE + 0.7 * 2^2",
+    for words in ("2.43 M parameters, frozen", "0.53 M parameters, from random weights", "loss = 0.3 * CE + 0.7 * 2^2",
                   "2 rows x 3 micro-batches x 1 ranks = 6 rows", "metrics.jsonl", "final"):  # fmt: skip
         assert words in printed, words
 
