@@ -1,6 +1,6 @@
 """Print the commands, or the folder of the accelerate configurations or recipes of this installation.
 
-    accelerate launch --config_file "$(python -m kdkit accelerate_configs)/fsdp.yaml" -m kdkit.train ...
+accelerate launch --config_file "$(python -m kdkit accelerate_configs)/fsdp.yaml" -m kdkit.train ...
 """
 
 import sys

@@ -44,13 +44,11 @@ class ModelFields:
     student_model: str = "embedded"
     """Hub id (or id@revision) or local folder; "embedded" is a two-layer Llama that starts from random weights."""
     student_layers: list[int] | int | None = None
-    """Start the student from layers of the teacher, not from student_model: a list of indices, or a count (spread
-    evenly, first and last kept)."""
+    """Start from layers of the teacher, not from student_model: a list of indices, or a count (spread evenly)."""
     student_random_init: bool = False
     """Start the student from random weights; only the config of student_model is read."""
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The dtype of the teacher's weights (the student's are float32); auto is bfloat16 with bf16 mixed precision,
-    otherwise float32."""
+    """The dtype of the teacher's weights (the student's are float32); auto is that of accelerate's mixed precision."""
     attn_implementation: str | None = None
     """The attention of both models: sdpa, eager, flash_attention_2, ...; None is the default of transformers."""
     trust_remote_code: bool = False
@@ -58,8 +56,8 @@ class ModelFields:
     teacher_placement: Literal["auto", "replicate", "shard", "offload"] = may_change("auto")
     """Where the teacher's weights are: a copy on each device, sharded over the ranks, or in CPU memory."""
     targets: Literal["online", "hidden", "top_k"] = "online"
-    """Where the teacher's targets come from: online runs the teacher on each batch; hidden and top_k read what
-    python -m kdkit.targets stored in targets_dir: the last hidden states (exact), or the most likely tokens."""
+    """The teacher's targets: online runs it on each batch; hidden and top_k read what python -m kdkit.targets stored
+    in targets_dir, its last hidden states (exact) or its most likely tokens."""
     targets_dir: str | None = may_change(None)
     """The folder of the stored targets."""
     top_k: int = 64
@@ -71,8 +69,7 @@ class DataFields:
     """data: the text to learn from and to evaluate on"""
 
     dataset: str = "embedded"
-    """What to learn from: a hub id (or id@revision), a .txt, .jsonl, .json, .parquet or .csv file, or a folder of such
-    files; "embedded" is the documentation of Python."""
+    """A hub id (or id@revision), a .txt, .jsonl, .json, .parquet or .csv file, a folder of such files, or "embedded"."""
     dataset_config: str | None = None
     """The configuration of a hub dataset that has several."""
     dataset_split: str = "train"
@@ -94,8 +91,7 @@ class DataFields:
     eval_split: str | None = None
     """The split to evaluate on; by default a fraction of dataset_split is held out, or eval_dataset's split is used."""
     eval_fraction: float = 0.08
-    """The fraction of the samples that is held out if neither eval_dataset nor eval_split is given; the embedded text
-    has a test split of its own."""
+    """The fraction of the samples that is held out if neither eval_dataset nor eval_split is given."""
     max_train_tokens: int | None = training_only(None)
     """Use about this many tokens of the training text: complete samples, in a random order."""
     max_eval_tokens: int | None = 20000
@@ -171,8 +167,7 @@ class RunFields:
     keep_checkpoints: int = may_change(3)
     """How many of the newest checkpoints are kept."""
     resume: str = may_change("auto")
-    """auto resumes from the newest complete checkpoint of output_dir, if there is one; never starts over, which
-    replaces the run in output_dir; or the path of a checkpoint."""
+    """auto resumes from the newest complete checkpoint, never replaces the run in output_dir; or a checkpoint's path."""
     export_dtype: Literal["float32", "bfloat16"] = may_change("float32")
     """The dtype of the weights in final/."""
     use_wandb: bool = may_change(True)
@@ -199,13 +194,12 @@ class DistillConfig(RunFields, OptimizationFields, LossFields, DataFields, Model
         check(0 < self.beta < 1, "beta", "0 < beta < 1; for the ends use forward_kl or reverse_kl")
         check(0 <= self.skew < 1, "skew", "0 <= skew < 1 (0.1 is usual)")
         check(0 < self.eval_fraction < 1, "eval_fraction", "a fraction between 0 and 1")
-        check(0 <= self.warmup_ratio <= 1, "warmup_ratio", "a fraction between 0 and 1")
+        check(0 <= self.warmup_ratio <= 1, "warmup_ratio", "a fraction from 0 to 1")
         check(self.weight_decay >= 0, "weight_decay", "0 or more")
         check(self.max_grad_norm > 0, "max_grad_norm", "a number above 0 (inf switches clipping off)")
         check(self.num_epochs > 0, "num_epochs", "a number above 0")
         check(self.learning_rate is None or self.learning_rate > 0, "learning_rate", "a number above 0, or null")
         check(self.max_length >= 2, "max_length", "at least 2")
-        check(bool(self.output_dir), "output_dir", "a folder")
         check(self.targets == "online" or self.targets_dir, "targets_dir", f"a folder, as targets is {self.targets}")
         for name in ("batch_size", "gradient_accumulation_steps", "logging_steps", "keep_checkpoints", "top_k"):
             check(getattr(self, name) >= 1, name, "at least 1")
@@ -260,11 +254,7 @@ REMOVED = {  # fields of earlier versions: the default they had, and what replac
 def load_config(argv: list[str] | None = None, command: str = "python -m kdkit.train") -> DistillConfig:
     """Read a configuration from a command line: `[--config recipe.yaml] [--field value ...]`.
 
-    A field on the command line overrides the YAML file, wherever it stands. A field in neither has its default.
-
-    Args:
-        argv: the arguments; None takes those of the process.
-        command: the name of the command in --help.
+    The command line (`argv`, or that of the process) overrides the YAML file. `command` is the name in --help.
 
     Raises:
         UsageError (a ValueError): an unknown field (with the nearest name), or a value of the wrong type or range.

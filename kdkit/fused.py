@@ -75,9 +75,8 @@ def fused_kd_loss(
         labels: (...), already shifted; tokens with label -100 are not in the loss.
         alpha, temperature, divergence, num_items_in_batch, divergence_options: as in `kdkit.losses.kd_loss`.
         vocab_size: the entries of both vocabularies to use; None uses those of the narrower head.
-        chunk_size: the number of tokens whose logits exist at one time; None is `CHUNK_TOKENS`, or more for a small
-            vocabulary.
-        compile: compute step 3 with `torch.compile`; the first call takes some 15 seconds more.
+        chunk_size: the number of tokens whose logits exist at one time; None chooses it.
+        compile: compute step 3 with `torch.compile`; the first call then takes about 15 seconds more.
 
     Returns:
         KDLoss. Its loss can be differentiated once.
@@ -94,7 +93,7 @@ def fused_kd_loss(
     student = _model("student", student_hidden, student_head, labels, vocab_size)
     teacher = None
     if alpha < 1 and isinstance(teacher_hidden, TopK):
-        teacher = _check_top_k(teacher_hidden, labels)
+        teacher = _top_k(teacher_hidden, labels)
     elif alpha < 1:
         if teacher_hidden is None or teacher_head is None:
             raise ValueError(f"teacher_hidden or teacher_head is None, which only alpha = 1 allows; alpha is {alpha}")
@@ -115,7 +114,7 @@ def fused_kd_loss(
 
 
 def _model(name: str, hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: int) -> _Model:
-    """One model's operands, checked, with the head in the dtype of the product if that is cheap."""
+    """Check the shapes of one model's operands, and return them with one row per token."""
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(f"labels are {tuple(labels.shape)}, {name}_hidden {tuple(hidden.shape)}: one label per token")
     if hidden.shape[-1] != head.shape[1]:
@@ -129,15 +128,13 @@ def _model(name: str, hidden: Tensor, head: Tensor, labels: Tensor, vocab_size: 
     return _Model(hidden.detach().reshape(labels.numel(), -1), head, dtype)
 
 
-def _check_top_k(teacher: TopK, labels: Tensor) -> TopK:
-    """`teacher` with one row per token."""
-    ids, log_probs = teacher
-    if ids.shape[:-1] != labels.shape or log_probs.shape != (*labels.shape, ids.shape[-1] + 1):
-        raise ValueError(
-            f"ids are {tuple(ids.shape)} and log_probs {tuple(log_probs.shape)}, expected (*labels.shape, K) and "
-            f"(*labels.shape, K + 1), with labels {tuple(labels.shape)}"
-        )
-    return TopK(ids.reshape(labels.numel(), -1), log_probs.reshape(labels.numel(), -1))
+def _top_k(teacher: TopK, labels: Tensor) -> TopK:
+    """Check the shapes of the teacher's buckets, and return them with one row per token."""
+    ids, log_probs = (tuple(x.shape) for x in teacher)
+    if ids[:-1] != labels.shape or log_probs != (*labels.shape, ids[-1] + 1):
+        shapes = f"(*labels.shape, K) and (*labels.shape, K + 1), with labels {tuple(labels.shape)}"
+        raise ValueError(f"ids are {ids} and log_probs {log_probs}, expected {shapes}")
+    return TopK(*(x.reshape(labels.numel(), -1) for x in teacher))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -236,24 +233,26 @@ def compile_block(device_type: str, function: Callable = block_sums_and_gradient
     return torch.compile(function, dynamic=True, options=options)
 
 
-def should_compile(wanted: bool | None, num_logits: int, device: torch.device) -> tuple[bool, str]:
-    """Whether to compile the loss of a run, and a line that explains it.
+def should_compile(wanted: bool | None, num_logits: float, device: torch.device) -> tuple[bool, str]:
+    """Return whether to compile the loss of a run, and a line that explains it.
 
     Args:
-        wanted: the field `compile_loss`: None decides by the size of the run.
-        num_logits: of the whole run: tokens x vocabulary.
+        wanted: the field `compile_loss`; None decides by the size of the run.
+        num_logits: tokens x vocabulary of the whole run, on one device.
         device: where the loss is computed.
     """
-    on_cpu = device.type == "cpu"
-    if on_cpu:
-        problem = "" if shutil.which(os.environ.get("CXX", "g++")) else "no C++ compiler was found"
-    else:
-        problem = "" if importlib.util.find_spec("triton") else "Triton is not installed"
-    if wanted is False or problem:
-        return False, f"not compiled ({problem or 'compile_loss is false'})"
-    if wanted is None and num_logits < COMPILE_LOGITS["cpu" if on_cpu else "gpu"]:
-        return False, "not compiled (the run is too short for it to pay)"
-    return True, "compiled at the first step"
+    kind = "cpu" if device.type == "cpu" else "gpu"
+    if wanted is False:
+        return False, "not compiled (compile_loss is false)"
+    if wanted is None and num_logits < COMPILE_LOGITS[kind]:
+        return False, "not compiled (compiling would take longer than it saves in a run of this size)"
+    if kind == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        return False, "not compiled (no C++ compiler was found)"
+    if kind == "gpu" and not importlib.util.find_spec("triton"):
+        return False, "not compiled (Triton is not installed)"
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        return False, f"not compiled (torch {torch.__version__} cannot compile torch.autograd.grad)"
+    return True, "compiled in the first step"
 
 
 def precise_logits(hidden: Tensor, head: Tensor) -> Tensor:

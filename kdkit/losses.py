@@ -283,7 +283,7 @@ def as_num_items(num_items_in_batch: int | Tensor | None, labels: Tensor) -> Ten
 
 
 def check_loss_arguments(alpha: float, temperature: float, divergence: str) -> None:
-    """Raise a ValueError that names the value, what was expected and what to do."""
+    """Raise a ValueError if an argument is out of range."""
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha is {alpha}, expected 0 <= alpha <= 1: 0 is pure KL, 1 is pure cross-entropy")
     if not (0.0 < temperature < math.inf):
@@ -304,12 +304,7 @@ def dense_kd_loss(
 ) -> KDLoss:
     """`kd_loss` from last hidden states and heads, with all logits in memory: the reference for `kdkit.fused`.
 
-    Args:
-        student_hidden, teacher_hidden: (..., Hs), (..., Ht); the teacher's may be None at alpha = 1, or `TopK`.
-        student_head, teacher_head: (V, Hs), (V, Ht).
-        labels: (...), aligned; -100 is not in the loss.
-        vocab_size: the rows of both heads to use; None uses those of the narrower head.
-        settings: the keyword arguments of `kd_loss`.
+    The arguments are those of `kdkit.fused.fused_kd_loss`; `settings` are the keyword arguments of `kd_loss`.
     """
     if teacher_head is not None:
         vocab_size = min(len(student_head), len(teacher_head), vocab_size or len(student_head))
