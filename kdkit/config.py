@@ -31,7 +31,7 @@ def may_change(default: Any) -> Any:
 
 
 def training_only(default: Any) -> Any:
-    """Mark a field of the training text alone: the evaluations of runs that differ in it can be compared."""
+    """Mark a field of the training text: runs that differ in it have the same held-out text, and can be compared."""
     return field(default=default, metadata={"training_only": True})
 
 
@@ -48,7 +48,7 @@ class ModelFields:
     student_random_init: bool = False
     """Start the student from random weights; only the config of student_model is read."""
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The dtype of the teacher's weights (the student's are float32); auto is that of accelerate's mixed precision."""
+    """The dtype of the teacher's weights; auto is bfloat16 with bf16 mixed precision, otherwise float32."""
     attn_implementation: str | None = None
     """The attention of both models: sdpa, eager, flash_attention_2, ...; None is the default of transformers."""
     trust_remote_code: bool = False
@@ -69,7 +69,7 @@ class DataFields:
     """data: the text to learn from and to evaluate on"""
 
     dataset: str = "embedded"
-    """A hub id (or id@revision), a .txt, .jsonl, .json, .parquet or .csv file, a folder of such files, or "embedded"."""
+    """Hub id (or id@revision), .txt, .jsonl, .json, .parquet or .csv file, folder of such files, or "embedded"."""
     dataset_config: str | None = None
     """The configuration of a hub dataset that has several."""
     dataset_split: str = "train"
@@ -167,7 +167,7 @@ class RunFields:
     keep_checkpoints: int = may_change(3)
     """How many of the newest checkpoints are kept."""
     resume: str = may_change("auto")
-    """auto resumes from the newest complete checkpoint, never replaces the run in output_dir; or a checkpoint's path."""
+    """auto resumes from the newest complete checkpoint; never replaces the run; or the path of a checkpoint."""
     export_dtype: Literal["float32", "bfloat16"] = may_change("float32")
     """The dtype of the weights in final/."""
     use_wandb: bool = may_change(True)
