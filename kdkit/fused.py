@@ -20,6 +20,7 @@ fp32 even if hidden states and heads are bf16: logits rounded to bf16 cost about
 
 import functools
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -109,7 +110,9 @@ def fused_kd_loss(
     inputs = (student_hidden, student_head)
     if not torch.is_grad_enabled():
         inputs = (student_hidden.detach(), student_head.detach())  # no gradient is then computed for them
-    losses = _ChunkedLoss.apply(*inputs, student, teacher, valid, labels, num_items, block, min(chunk_size, len(valid)))
+    chunk_size = min(chunk_size, len(valid))
+    with torch.autocast(device, enabled=False):
+        losses = _ChunkedLoss.apply(*inputs, student, teacher, valid, labels, num_items, block, chunk_size)
     return KDLoss(*losses, num_items)
 
 
@@ -141,12 +144,43 @@ class _ChunkedLoss(torch.autograd.Function):
     """The loss, CE and T^2 * D, divided by num_items. The gradients are computed in the forward pass and kept."""
 
     @staticmethod
-    def forward(ctx, hidden, head, *arguments) -> tuple[Tensor, ...]:
+    def forward(ctx, hidden, head, student, teacher, valid, labels, num_items, block, chunk_size) -> tuple[Tensor, ...]:
         inputs = zip((hidden, head), ctx.needs_input_grad[:2], strict=True)
-        gradients = [x.new_zeros(x.shape) if needed else None for x, needed in inputs]
-        with torch.autocast(hidden.device.type, enabled=False):
-            losses = _loss_and_gradients(*gradients, *arguments)
-        ctx.save_for_backward(*gradients)
+        d_hidden, d_head = (x.new_zeros(x.shape) if needed else None for x, needed in inputs)
+        device, vocab_size, on_cpu = valid.device, len(student.head), valid.device.type == "cpu"
+        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        # A CPU converts neither fp32 master weights nor the fp32 gradient: it multiplies them as if they were bf16.
+        grad_dtype = dtype if on_cpu and student.head.dtype == dtype else student.dtype
+        head = student.head.to(grad_dtype)
+        block_size = max(4, BLOCK_ELEMENTS["cpu" if on_cpu else "gpu"] // vocab_size)
+        buffers = [
+            torch.empty(chunk_size, vocab_size, dtype=dtype, device=device) for _ in (student, teacher)
+        ]  # (C, V)
+        sums, scale = torch.zeros(3, dtype=dtype, device=device), 1 / num_items.clamp(min=1).to(dtype)
+
+        for first in range(0, len(valid), max(chunk_size, 1)):
+            tokens = valid[first : first + chunk_size]  # (C,), indices into the hidden states
+            z = _logits(student, tokens, buffers[0])  # (C, V)
+            targets = []
+            if isinstance(teacher, _Model):
+                targets = [_logits(teacher, tokens, buffers[1])]  # (C, V)
+            elif teacher is not None:
+                targets = [x[tokens] for x in teacher]  # (C, K), (C, K + 1)
+            # The gradient overwrites the logits. In a smaller dtype, a row of it ends before that row of the logits.
+            grad = z if grad_dtype == dtype else buffers[0].view(grad_dtype).view(-1, vocab_size)[: len(z)]  # (C, V)
+            num_blocks = math.ceil(len(z) / block_size)
+            pieces = [x.tensor_split(num_blocks) for x in (grad, z, labels[first : first + chunk_size], *targets)]
+            for d_z, *arguments in zip(*pieces, strict=True):
+                block_sums, gradient = block(*arguments)
+                sums += block_sums
+                torch.mul(gradient, scale, out=d_z)  # rounded once, to the dtype of the products
+            with _operands_as(student.dtype):
+                if d_hidden is not None:
+                    d_hidden.view(-1, d_hidden.shape[-1])[tokens] = torch.mm(grad, head).to(d_hidden.dtype)
+                if d_head is not None:
+                    _add_product(d_head[:vocab_size], grad.T, student.hidden[tokens].to(grad_dtype))
+        losses = (sums * scale).unbind()
+        ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(*losses[1:])
         return losses
 
@@ -156,51 +190,6 @@ class _ChunkedLoss(torch.autograd.Function):
         # In place, or the head's gradient would exist twice; but not if the graph is kept for another backward pass.
         multiply = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
         return *(None if x is None else multiply(x, grad_loss) for x in ctx.saved_tensors), *[None] * 7
-
-
-def _loss_and_gradients(
-    d_hidden: Tensor | None,
-    d_head: Tensor | None,
-    student: _Model,
-    teacher: _Model | TopK | None,
-    valid: Tensor,
-    labels: Tensor,
-    num_items: Tensor,
-    block: Callable[..., tuple[Tensor, Tensor]],
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
-    """The three values of `_ChunkedLoss`. The gradients of the first are written to d_hidden and d_head, all zeros."""
-    device, vocab_size = valid.device, len(student.head)
-    on_cpu = device.type == "cpu"
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    # A CPU converts neither fp32 master weights nor the fp32 gradient: it multiplies them as if they were bf16.
-    grad_dtype = dtype if on_cpu and student.head.dtype == dtype else student.dtype
-    head = student.head.to(grad_dtype)
-    block_size = max(4, BLOCK_ELEMENTS["cpu" if on_cpu else "gpu"] // vocab_size)
-    buffers = [torch.empty(chunk_size, vocab_size, dtype=dtype, device=device) for _ in (student, teacher)]  # (C, V)
-    sums, scale = torch.zeros(3, dtype=dtype, device=device), 1 / num_items.clamp(min=1).to(dtype)
-
-    for first in range(0, len(valid), max(chunk_size, 1)):
-        tokens = valid[first : first + chunk_size]  # (C,), indices into the hidden states
-        z = _logits(student, tokens, buffers[0])  # (C, V)
-        if isinstance(teacher, _Model):
-            targets = [_logits(teacher, tokens, buffers[1])]  # (C, V)
-        else:
-            targets = [] if teacher is None else [teacher.ids[tokens], teacher.log_probs[tokens]]
-        # The gradient overwrites the logits. If its dtype is smaller, a row of it ends before that row of the logits.
-        grad = z if grad_dtype == dtype else buffers[0].view(grad_dtype).view(-1, vocab_size)[: len(tokens)]  # (C, V)
-        num_blocks = -(-len(tokens) // block_size)
-        pieces = [x.tensor_split(num_blocks) for x in (grad, z, labels[first : first + chunk_size], *targets)]
-        for d_z, *arguments in zip(*pieces, strict=True):
-            block_sums, gradient = block(*arguments)
-            sums += block_sums
-            torch.mul(gradient, scale, out=d_z)  # rounded once, to the dtype of the products
-        with _operands_as(student.dtype):
-            if d_hidden is not None:
-                d_hidden.view(-1, d_hidden.shape[-1])[tokens] = torch.mm(grad, head).to(d_hidden.dtype)
-            if d_head is not None:
-                _add_product(d_head[:vocab_size], grad.T, student.hidden[tokens].to(grad_dtype))
-    return tuple((sums * scale).unbind())
 
 
 def block_sums_and_gradient(
