@@ -19,6 +19,7 @@ from kdkit.models import (
     load_teacher,
     load_tokenizer,
     student_from_layers,
+    teacher_dtype,
 )
 from kdkit.train import train
 
@@ -116,17 +117,14 @@ def test_hub_id_without_a_network_is_named():
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
 def test_folder_without_a_model_is_named_before_the_data_is_read(small, tmp_path, role):
-    with pytest.raises(UsageError, match=rf"{role}_model .* without a config\.json"):
+    with pytest.raises(UsageError, match=rf"{role}_model .* in its config\.json"):
         train(small(**{f"{role}_model": str(tmp_path)}, dataset="never/looked-at"))
 
 
-@pytest.mark.parametrize("role", ["teacher", "student"])
-def test_truncated_weights_are_named_before_the_data_is_read(small, folder, role):
+def test_truncated_weights_are_named(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(UsageError, match=f"{role}_model .*: model.safetensors is truncated"):
-        train(small(**{f"{role}_model": str(folder)}, dataset="never/looked-at"))
-    with pytest.raises(UsageError, match="broken safetensors file"):
+    with pytest.raises(UsageError, match=r"teacher_model .* broken safetensors file"):
         load_teacher(str(folder))
 
 
@@ -169,8 +167,9 @@ def test_hub_id_is_loaded_at_its_revision(small, tmp_path, monkeypatch):
 
 def test_fields_decide_the_dtype_and_the_attention(small):
     config = small(teacher_dtype="float16", attn_implementation="eager")
-    teacher = load_teacher("embedded", torch.bfloat16, config)
-    assert teacher.dtype == torch.float16 and load_teacher("embedded", torch.bfloat16, small()).dtype == torch.bfloat16
+    assert (teacher_dtype(config, "bf16"), teacher_dtype(small(), "bf16")) == (torch.float16, torch.bfloat16)
+    teacher = load_teacher("embedded", torch.float16, config)
+    assert teacher.dtype == torch.float16
     for model in (teacher, load_student(config, None), load_student(small(student_layers=2), teacher)):
         assert model.config._attn_implementation == "eager"
     with pytest.raises(UsageError, match=r"teacher_model embedded could not be loaded: FlashAttention2"):
@@ -213,15 +212,13 @@ class MakesAFile:
         return (open, (str(self.path), "w"))
 
 
-def test_weights_are_never_unpickled(small, folder, tmp_path):
-    """Without safetensors a model is refused, before the data is read; also if its weights are complete."""
+def test_weights_are_never_unpickled(folder, tmp_path):
+    """Without safetensors a model is refused, also if its weights are complete."""
     weights, made = folder / "pytorch_model.bin", tmp_path / "made"
     (folder / "model.safetensors").unlink()
     torch.save({**load_teacher().state_dict(), "more": MakesAFile(made)}, weights)
-    config = small(teacher_model=str(folder), dataset="never/looked-at")
-    for load in (lambda: train(config), lambda: load_teacher(str(folder))):
-        with pytest.raises(UsageError, match=r"teacher_model .*model .*safetensors"):
-            load()
+    with pytest.raises(UsageError, match=r"teacher_model .*model .*safetensors"):
+        load_teacher(str(folder))
     assert not made.exists()
     torch.load(weights, weights_only=False)
     assert made.exists()  # so this test can fail
@@ -243,11 +240,9 @@ def biased():
     return model
 
 
-def check(small, teacher, student, template=None, **fields):
+def check(small, teacher, student, **fields):
     config = small(**fields)
-    tokenizer = load_tokenizer(config)
-    tokenizer.chat_template = template
-    return check_pair(config, teacher, student, tokenizer)
+    return check_pair(config, teacher, student, load_tokenizer(config))
 
 
 @pytest.mark.parametrize("wrap", [BodyAndHead, lambda model: model])
@@ -279,7 +274,6 @@ def test_same_tokenizer_passes_and_another_of_the_same_size_is_refused(small, fo
     fields = {"student_model": str(folder)}
     pair = check(small, load_teacher(), load_student(small(**fields), None), **fields)
     assert pair.vocab_size == 1024 and not any("note" in line for line in pair.report)
-    assert "context: 512 and 512 tokens" in pair.report
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     entries = tokenizer["model"]["vocab"]
     entries["Ġthe"], entries["Ġto"] = entries["Ġto"], entries["Ġthe"]
@@ -288,28 +282,11 @@ def test_same_tokenizer_passes_and_another_of_the_same_size_is_refused(small, fo
         check(small, load_teacher(), load_teacher(), **fields)
 
 
-def test_other_special_tokens_are_reported(small, folder):
-    edit(folder / "tokenizer_config.json", eos_token="<|pad|>")
+def test_other_special_tokens_and_templates_are_reported(small, folder):
+    edit(folder / "tokenizer_config.json", eos_token="<|pad|>", chat_template="another")
     report = check(small, load_teacher(), load_student(small(), None), student_model=str(folder)).report
     assert "note: eos_token is <|eos|> for the teacher and <|pad|> for the student: the teacher's is used" in report
+    assert "note: the chat templates differ: the teacher's is used for both" in report
     edit(folder / "tokenizer_config.json", eos_token="<|eos|>", pad_token="<|eos|>")
     report = check(small, load_teacher(), load_teacher(), teacher_model=str(folder), student_layers=2).report
     assert any("pad <|eos|> (pad and eos share an id; padding is masked by position" in line for line in report)
-
-
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    "ours, theirs, expected",
-    [
-        (TEMPLATE, TEMPLATE + "{# another, with the same output #}", ["both render the same text"]),
-        (TEMPLATE, TEMPLATE.replace(": ", ":"), ["differ from character 7 on", "Be brief"]),
-        (None, TEMPLATE, ["differ from character 0 on", "'no template'"]),
-    ],
-)
-def test_chat_templates_are_compared_by_their_output(small, folder, ours, theirs, expected):
-    edit(folder / "tokenizer_config.json", chat_template=theirs)
-    report = check(small, load_teacher(), load_student(small(), None), ours, student_model=str(folder)).report
-    (line,) = [line for line in report if "chat templates" in line]
-    assert all(words in line for words in expected)

@@ -7,12 +7,11 @@ from kdkit.models.load import (
     check_models,
     count_parameters,
     load_student,
-    load_student_config,
     load_teacher,
     load_tokenizer,
     student_from_layers,
     teacher_dtype,
-    teacher_folder,
+    teacher_fingerprint,
     wrap,
-)
+)  # fmt: skip
 from kdkit.models.pair import Pair, check_head, check_pair
