@@ -32,7 +32,7 @@ from kdkit.config import DistillConfig, UsageError, load_config
 from kdkit.data import collate, empty_row, load_rows
 from kdkit.fused import precise_logits
 from kdkit.losses import IGNORE_INDEX, top_k
-from kdkit.models import check_head, check_models, load_teacher, load_tokenizer, teacher_dtype
+from kdkit.models import check_models, load_teacher, load_tokenizer, teacher_dtype
 from kdkit.running import files
 from kdkit.running.devices import leave_processes, start_accelerator
 from kdkit.teachers.online import OnlineTeacher
@@ -59,7 +59,7 @@ def store(config: DistillConfig) -> Path:
     rows = dict(zip(("train", "eval"), load_rows(config, tokenizer), strict=True))
     dtype = teacher_dtype(config, accelerator.mixed_precision)
     teacher = OnlineTeacher(load_teacher(config.teacher_model, dtype, config))
-    check_head(teacher, "teacher")
+    teacher.check_head("teacher")
     made_for = describe_made_for(config, *rows.values(), dtype)
     vocab_size = made_for.get("vocab_size")
     if config.targets == "top_k" and config.top_k > vocab_size:
@@ -81,10 +81,9 @@ def store(config: DistillConfig) -> Path:
         hidden, head = teacher(batch)
         found = {"head": head, "hidden": hidden[batch["labels"] != IGNORE_INDEX]}  # (V, H), (N, H)
         if "ids" in names:
-            chunks = found["hidden"].split(CHUNK)
-            tops = [
-                top_k(precise_logits(chunk, head[:vocab_size]), config.top_k, config.temperature) for chunk in chunks
-            ]
+            tops = []
+            for chunk in found["hidden"].split(CHUNK):
+                tops.append(top_k(precise_logits(chunk, head[:vocab_size]), config.top_k, config.temperature))
             found["ids"], found["log_probs"] = (torch.cat(tensors) for tensors in zip(*tops, strict=True))
         return {name: found[name].cpu() for name in names}
 
@@ -113,21 +112,18 @@ def _layout(config: DistillConfig, teacher: OnlineTeacher, dtype: str) -> dict:
 
 
 def _prepare_folder(folder: Path, splits: list[SplitFiles], description: dict) -> None:
-    """Print the plan, check the disk space, write targets.json."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".writing_*"):
-            leftover.unlink()
-        need, free = sum(split.missing_bytes for split in splits), shutil.disk_usage(folder).free
-        print(f"disk     {need / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free in {folder}")
-        if need > 0.98 * free:
-            raise UsageError(
-                f"targets_dir {folder} has {free / 2**20:,.0f} MiB free, the targets need {need / 2**20:,.0f} MiB: "
-                "choose another disk, less text (max_train_tokens), or targets top_k with a smaller top_k"
-            )
-        files.write_text(folder / "targets.json", json.dumps(description, indent=2))
-    except OSError as error:
-        raise UsageError(f"targets_dir {folder} cannot be written ({error.strerror}): choose another") from error
+    """Check the disk space, write targets.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".writing_*"):
+        leftover.unlink()
+    need, free = sum(split.missing_bytes for split in splits), shutil.disk_usage(folder).free
+    print(f"disk     {need / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free in {folder}")
+    if need > 0.98 * free:
+        raise UsageError(
+            f"targets_dir {folder} has {free / 2**20:,.0f} MiB free, the targets need {need / 2**20:,.0f} MiB: "
+            "choose another disk, less text (max_train_tokens), or targets top_k with a smaller top_k"
+        )
+    files.write_text(folder / "targets.json", json.dumps(description, indent=2))
 
 
 def _store_missing(split: SplitFiles, rows, compute: Callable, batch_size: int, accelerator: Accelerator) -> None:
@@ -150,14 +146,9 @@ def _store_missing(split: SplitFiles, rows, compute: Callable, batch_size: int, 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a file of tensors under a temporary name, and rename it once it is on the disk."""
     temporary = path.with_name(f".writing_{path.name}")
-    try:
-        temporary.write_bytes(save(tensors))
-        files.sync(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(
-            f"{path} could not be written ({error}). Complete files are kept: make room, and run the same command again"
-        ) from error
+    temporary.write_bytes(save(tensors))
+    files.sync(temporary)
+    os.replace(temporary, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,6 +157,10 @@ def main(argv: list[str] | None = None) -> None:
         store(load_config(argv, command="python -m kdkit.targets"))
     except UsageError as error:
         sys.exit(f"kdkit: {error}")
+    except OSError as error:
+        sys.exit(
+            f"kdkit: targets cannot be written ({error}): make room, or choose another targets_dir, and run it again"
+        )
     leave_processes()
 
 

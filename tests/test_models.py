@@ -90,8 +90,7 @@ def test_body_and_head_give_the_models_logits_and_sizes():
     torch.testing.assert_close(logits, model(**BATCH).logits)
     hidden, head = wrapped(BATCH)
     torch.testing.assert_close(hidden @ head.T, logits)
-    assert (wrapped.head_rows, wrapped.context, wrapped.extra_head_step()) == (1024, 512, None)
-    assert wrapped.num_parameters == model.num_parameters()
+    assert (wrapped.head_rows, wrapped.context, wrapped.num_parameters) == (1024, 512, model.num_parameters())
 
 
 def test_wrapped_model_gives_its_head_a_gradient():
@@ -256,7 +255,7 @@ def test_heads_of_different_sizes_are_cut_to_the_smaller(small, wrap):
     [
         (tiny, lambda: tiny(1000), r"student's head has 1000 rows for a tokenizer of 1024 entries"),
         (soft_capped, tiny, r"teacher's logits.*final_logit_softcapping = 1\.0"),
-        (tiny, biased, r"student's logits.*bias in the head"),
+        (tiny, biased, r"student's logits.*have a bias"),
         (tiny, lambda: tiny(max_position_embeddings=300), r"max_length is 500, .* student's context of 300 tokens"),
     ],
 )

@@ -31,6 +31,9 @@ class BodyAndHead(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.head_rows = len(model.get_output_embeddings().weight)  # V, often padded to a rounder number
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # None: unlimited
+        self.num_parameters = count_parameters(model)
         self.training = model.training  # a new module is in train mode, whatever it holds
         self._no_split_modules = model._no_split_modules  # FSDP shards each of these (the decoder layers) separately
 
@@ -46,30 +49,15 @@ class BodyAndHead(nn.Module):
         )
         return function(output.last_hidden_state, self.model.get_output_embeddings().weight, *arguments)
 
-    @property
-    def head_rows(self) -> int:
-        """V, the number of rows of the head: at least the number of tokens, often padded to a rounder number."""
-        return len(self.model.get_output_embeddings().weight)
-
-    @property
-    def context(self) -> int | None:
-        """The largest number of positions of the model, or None if it has no limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-
-    @property
-    def num_parameters(self) -> int:
-        """The number of parameters, tied ones counted once."""
-        return count_parameters(self.model)
-
     @torch.no_grad()
-    def extra_head_step(self) -> str | None:
-        """What the model does to its logits beyond hidden @ head^T, or None if nothing.
+    def check_head(self, role: str) -> None:
+        """Raise a UsageError if the logits are not hidden @ head^T. Call this before the model is sharded.
 
-        Compares both on a few tokens, which shows soft caps, scales and biases. Call it before the model is sharded.
+        Compares both on a few tokens, which shows soft caps, scales and biases.
         """
         weight = self.model.get_output_embeddings().weight
         if weight.is_meta:  # with FSDP only rank 0 loads the weights, and makes this comparison
-            return None
+            return
         was_training = self.training
         self.eval()
         ids = torch.arange(4, device=weight.device)[None]
@@ -78,11 +66,13 @@ class BodyAndHead(nn.Module):
         logits = self.model(**batch, use_cache=False).logits.float()
         self.train(was_training)
         difference = (hidden.float() @ head.float().T - logits).abs().max()
-        if not difference > 0.05 * logits.abs().max() + 1e-3:  # NaN is a fault of the weights, found in evaluation
-            return None
-        names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-        found = [f"{name} = {value}" for name in names if (value := getattr(self.model.config, name, None))]
-        return ", ".join(found) or "a bias in the head, or another step"
+        if difference > 0.05 * logits.abs().max() + 1e-3:  # not with NaN: a fault of the weights, found in evaluation
+            names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+            found = [f"{name} = {value}" for name in names if (value := getattr(self.model.config, name, None))]
+            raise UsageError(
+                f"the {role}'s logits are not hidden @ head^T, but have {', '.join(found) or 'a bias, or another step'}"
+                ", which the loss would not apply: use a model with a plain head"
+            )
 
 
 def wrap(model: nn.Module):
@@ -117,7 +107,7 @@ def load_pretrained(auto_class, name: str, role: str, config: DistillConfig, **o
             path, revision=revision, trust_remote_code=config.trust_remote_code, **options
         )
     except loading_errors() as error:
-        remedy = "give a Hugging Face model folder with safetensors files, or a hub id"
+        remedy = "give a model folder with safetensors files, or a hub id"
         raise explain(f"{role}_model", name, error, remedy) from error
 
 
@@ -175,9 +165,7 @@ def load_tokenizer(config: DistillConfig):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
-        raise UsageError(
-            f"the tokenizer of {config.teacher_model} has neither a pad nor an eos token: set one in its folder"
-        )
+        raise UsageError(f"the tokenizer of {config.teacher_model} has no pad or eos token: set one in its folder")
     if config.chat_template is not None:
         if not Path(config.chat_template).is_file():
             raise UsageError(f"chat_template {config.chat_template} does not exist: give a file with a Jinja template")
@@ -190,10 +178,7 @@ def load_teacher(
 ) -> nn.Module:
     """Load the teacher in eval mode (its dropout would be noise in the target) and without gradients.
 
-    Args:
-        name: "embedded", a folder, a hub id or id@revision.
-        dtype: of its weights; `teacher_dtype` gives the one of a run.
-        config: for `attn_implementation` and `trust_remote_code`.
+    `name` is "embedded", a folder, a hub id or id@revision. `config` gives the attention and `trust_remote_code`.
     """
     return load_model(name, "teacher", config or DistillConfig(), dtype).requires_grad_(False).eval()
 
@@ -218,11 +203,7 @@ def load_student(config: DistillConfig, teacher) -> nn.Module:
 def student_from_layers(teacher: nn.Module, layers: list[int] | int) -> nn.Module:
     """Copy a transformers causal language model with some of its decoder layers, in fp32.
 
-    Args:
-        layers: rising indices, or a number of layers, which are spread evenly with the first and the last kept.
-
-    Raises:
-        UsageError: the teacher does not have these layers, or there are none.
+    `layers` are rising indices, or a number of layers, which are spread evenly with the first and the last kept.
     """
     depth, given = teacher.config.num_hidden_layers, layers
     if isinstance(layers, int):

@@ -20,10 +20,8 @@ def check_pair(config: DistillConfig, teacher, student, tokenizer) -> Pair:
 
     Both models must give each token the same id: the maps from tokens to ids are compared, not their sizes. Heads may
     be padded to different numbers of rows; both are cut to the smaller number. Different special tokens and chat
-    templates are allowed, and reported.
-
-    Args:
-        teacher, student: transformers models, or a teacher of `kdkit.teachers` and a `BodyAndHead`.
+    templates are allowed, and reported. The models are transformers models, a teacher of `kdkit.teachers`, or a
+    `BodyAndHead`.
 
     Raises:
         UsageError: the tokenizers differ, a head has fewer rows than there are tokens or is not a plain product, or
@@ -48,21 +46,12 @@ def check_pair(config: DistillConfig, teacher, student, tokenizer) -> Pair:
                 f"max_length is {config.max_length:,}, more than the {role}'s context of {model.context:,} tokens: "
                 "lower it"
             )
-        check_head(model, role)
+        model.check_head(role)
     vocab_size = min(teacher.head_rows, student.head_rows)
     report = [f"tokenizer: {entries:,} entries, the same for both"]
     if teacher.head_rows != student.head_rows:
         report.append(f"heads: {teacher.head_rows:,} and {student.head_rows:,} rows, both cut to {vocab_size:,}")
     return Pair(vocab_size, report + _notes(tokenizer, other, student.model))
-
-
-def check_head(model, role: str) -> None:
-    """Raise a UsageError if the logits of a `BodyAndHead` or a teacher are not hidden @ head^T."""
-    if step := model.extra_head_step():
-        raise UsageError(
-            f"the {role}'s logits are not hidden @ head^T ({step}). The loss would not apply that step: use a model "
-            "with a plain head"
-        )
 
 
 def _check_same_ids(config: DistillConfig, ours: dict[str, int], theirs: dict[str, int]) -> None:

@@ -7,7 +7,7 @@ The rest of the kit does not ask which of the two it has. A teacher has
     num_parameters                   of the model, tied ones counted once
     place(accelerator, placement)    moves, shards or offloads it, after the student is prepared
     placement                        a line to print: where it is kept
-    extra_head_step()                what its logits have beyond hidden @ head^T, or None
+    check_head(role)                 raises an error if its logits are not hidden @ head^T
     model                            the transformers model, for a student that is cut from its layers
 """
 

@@ -16,8 +16,6 @@ PLACEMENTS = {"replicate": "a copy on each device", "shard": "a part on each dev
 class OnlineTeacher(BodyAndHead):
     """A frozen causal language model: teacher(batch) -> (hidden (B, S, H), head (V, H))."""
 
-    placement = "where it was loaded"
-
     def __init__(self, model: nn.Module):
         super().__init__(model)
         self.requires_grad_(False).eval()
@@ -39,6 +37,7 @@ class OnlineTeacher(BodyAndHead):
             placement = self._choose(accelerator)
         if placement == "shard" and not several:
             raise UsageError("teacher_placement is shard, but there is one process: use replicate, offload or auto")
+        offload = placement == "offload"
         self.placement = f"{PLACEMENTS[placement]} ({placement})"
 
         from_rank_0 = bool(is_fsdp_enabled())  # then transformers may leave the parameters of the others empty
@@ -50,8 +49,7 @@ class OnlineTeacher(BodyAndHead):
         elif several:
             # Not accelerate's fsdp2_prepare_model: it needs an FSDP configuration, which a DDP run does not have, and
             # would apply the student's mixed precision and offloading to the teacher.
-            pinned = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-            policy = pinned if placement == "offload" else OffloadPolicy()
+            policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
             layers = [module for module in self.modules() if type(module).__name__ in (self._no_split_modules or [])]
             for module in [*layers, self]:  # each decoder layer alone, then embedding, norm and head together
                 fully_shard(module, offload_policy=policy)
@@ -60,12 +58,11 @@ class OnlineTeacher(BodyAndHead):
             self.model.get_output_embeddings().to(device)
             cpu_offload(self.model.base_model, device)
         if from_rank_0:
-            options = StateDictOptions(
-                full_state_dict=True, broadcast_from_rank0=True, cpu_offload=placement == "offload"
-            )
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")
-                set_model_state_dict(self, weights, options=options)
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload)
+            warnings.filterwarnings(
+                "ignore", message=".*(_get_pg_default_device|Multiple backends)"
+            )  # of the next line
+            set_model_state_dict(self, weights, options=options)
             self.tie_weights()
 
     def _choose(self, accelerator: Accelerator) -> str:

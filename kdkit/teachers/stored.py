@@ -42,15 +42,13 @@ class StoredTeacher:
         self.num_parameters = layout["num_parameters"]
         self.train = SplitFiles(folder, "train", train_rows, layout["train"])
         self.eval = SplitFiles(folder, "eval", eval_rows, layout["eval"])
-        for split in (self.train, self.eval):
-            if split.missing:
-                raise UsageError(
-                    f"{len(split.missing)} files are missing or damaged, such as {min(split.missing)}: run "
-                    "python -m kdkit.targets again with the same arguments, which makes only these files"
-                )
+        if missing := [*self.train.missing, *self.eval.missing]:
+            raise UsageError(
+                f"{len(missing)} files of the targets are missing or damaged, such as {missing[0]}: run "
+                "python -m kdkit.targets again with the same arguments, which makes only these files"
+            )
         self.head = load_file(folder / "head.safetensors")["head"]  # (V, H)
-        size = f"{self.train.bytes_per_token:,} bytes per token"
-        self.placement = f"not loaded: {config.targets} targets are read from {folder} ({size})"
+        self.placement = f"not loaded: its outputs ({config.targets}) are read from {folder}"
 
     def __call__(self, batch: dict) -> tuple[Tensor | TopK, Tensor | None]:
         """Return (hidden (B, S, H), head (V, H)) or (TopK, None) for the rows in `row_ids`; 0 outside the loss."""
@@ -71,8 +69,8 @@ class StoredTeacher:
         if self.config.targets == "hidden":
             self.head = self.head.to(accelerator.device)
 
-    def extra_head_step(self) -> None:
-        """Return None: `python -m kdkit.targets` stores no teacher whose logits are not hidden @ head^T."""
+    def check_head(self, role: str) -> None:
+        """Do nothing: `python -m kdkit.targets` has checked the head before it stored the targets."""
 
     @property
     def model(self) -> torch.nn.Module:
@@ -129,23 +127,19 @@ def describe_made_for(config: DistillConfig, train_rows, eval_rows, dtype: torch
 
 
 def read_layout(folder: Path, made_for: dict) -> dict:
-    """Return `layout` of targets.json.
-
-    Raises:
-        UsageError: there are no targets, or they were made for another run: the differences are named.
-    """
+    """Return `layout` of targets.json. Raises a UsageError if there is none, or `made_for` differs."""
     path = folder / "targets.json"
     if not path.is_file():
         raise UsageError(f"{path} does not exist: make targets with python -m kdkit.targets and the same arguments")
     content = json.loads(path.read_text(encoding="utf-8"))
     before = content["made_for"]
-    names = [name for name, value in made_for.items() if before.get(name) != value]
     if made_for["teacher_model"] is None:  # the teacher's weights are not on this machine, and are not needed
-        names.remove("teacher_model")
+        before["teacher_model"] = None
+    names = [name for name, value in made_for.items() if before.get(name) != value]
     if names:
-        differing = "; ".join(f"{name} was {before.get(name)!r}, is {made_for[name]!r}" for name in names)
+        differences = "; ".join(f"{name} was {before.get(name)!r}, is {made_for[name]!r}" for name in names)
         raise UsageError(
-            f"the targets in {folder} were made for another run: {differing}. Set the same values, or make new targets "
+            f"the targets in {folder} were made for another run: {differences}. Set the same values, or make new targets "
             "with python -m kdkit.targets and another --targets_dir"
         )
     return content["layout"]
