@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import errors
+from huggingface_hub.errors import GatedRepoError
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from kdkit.config import UsageError
@@ -20,6 +20,7 @@ from kdkit.models import (
     load_tokenizer,
     student_from_layers,
     teacher_dtype,
+    teacher_fingerprint,
 )
 from kdkit.train import train
 
@@ -47,22 +48,6 @@ def test_embedded_teacher_has_a_card_and_stays_small():
     assert sum(file.stat().st_size for file in TEACHER.iterdir()) < 8e6
 
 
-def test_teacher_stays_frozen_while_the_student_trains(small):
-    teacher = load_teacher()
-    student = load_student(small(), teacher).train()
-    assert student.training and not any(module.training for module in teacher.modules())
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert teacher.dtype == torch.bfloat16 and student.dtype == torch.float32
-
-
-def test_random_student_depends_on_the_seed(small):
-    def weights(seed):
-        torch.manual_seed(seed)
-        return load_student(small(), None).state_dict()["model.layers.0.mlp.up_proj.weight"]
-
-    assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
-
-
 @pytest.mark.parametrize("layers, kept", [([0, 2], [0, 2]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3]), (1, [0])])
 def test_student_of_layers_has_the_teachers_weights_and_ties(layers, kept):
     teacher = load_teacher(dtype=torch.float32)
@@ -83,20 +68,16 @@ def test_layers_that_do_not_exist_are_named(layers):
         student_from_layers(load_teacher(), layers)
 
 
-def test_body_and_head_give_the_models_logits_and_sizes():
-    model = load_teacher(dtype=torch.float32)
+def test_body_and_head_give_the_models_logits_and_sizes_and_get_gradients():
+    model = tiny(tie_word_embeddings=False)
     wrapped = BodyAndHead(model)
     logits = wrapped(BATCH, lambda hidden, head, scale: scale * hidden @ head.T, 1.0)
     torch.testing.assert_close(logits, model(**BATCH).logits)
     hidden, head = wrapped(BATCH)
     torch.testing.assert_close(hidden @ head.T, logits)
-    assert (wrapped.head_rows, wrapped.context, wrapped.num_parameters) == (1024, 512, model.num_parameters())
-
-
-def test_wrapped_model_gives_its_head_a_gradient():
-    model = BodyAndHead(tiny(tie_word_embeddings=False))
-    model(BATCH, lambda hidden, head: (hidden @ head.T).logsumexp(-1).sum()).backward()
+    logits.logsumexp(-1).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+    assert (wrapped.head_rows, wrapped.context, wrapped.num_parameters) == (1024, 512, model.num_parameters())
 
 
 # --- what cannot be loaded
@@ -107,11 +88,6 @@ def test_missing_folder_is_named_before_the_hub_is_asked(monkeypatch, name):
     monkeypatch.setattr("transformers.utils.hub.hf_hub_download", lambda *_, **__: pytest.fail("the hub is asked"))
     with pytest.raises(UsageError, match=f"teacher_model {name} does not exist"):
         load_teacher(name)
-
-
-def test_hub_id_without_a_network_is_named():
-    with pytest.raises(UsageError, match="teacher_model nobody/nothing could not be loaded"):
-        load_teacher("nobody/nothing")
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
@@ -127,23 +103,16 @@ def test_truncated_weights_are_named(folder):
         load_teacher(str(folder))
 
 
-@pytest.mark.parametrize(
-    "error, message",
-    [
-        ("GatedRepoError", "teacher_model some/model is gated: ask for access at https://huggingface.co/some/model"),
-        ("RepositoryNotFoundError", "teacher_model some/model is neither a local path nor on the hub"),
-        ("RevisionNotFoundError", "teacher_model some/model has no such revision"),
-    ],
-)
-def test_refusal_of_the_hub_is_explained_in_one_line(monkeypatch, error, message):
+def test_refusal_of_the_hub_is_explained_in_one_line(monkeypatch):
     def refuse(*_, **__):
         response = SimpleNamespace(status_code=401, headers={}, request=None, url="", text="")
-        raise getattr(errors, error)("401 Client Error", response=response)
+        raise GatedRepoError("401 Client Error", response=response)
 
     monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refuse)
-    with pytest.raises(UsageError, match=message) as raised:
+    with pytest.raises(
+        UsageError, match=r"^teacher_model some/model is gated: .* https://huggingface.co/some/model.*$"
+    ):
         load_teacher("some/model")
-    assert "\n" not in str(raised.value)
 
 
 def test_hub_id_is_loaded_at_its_revision(small, tmp_path, monkeypatch):
@@ -159,18 +128,22 @@ def test_hub_id_is_loaded_at_its_revision(small, tmp_path, monkeypatch):
         tokenizer = load_tokenizer(small(teacher_model=f"some/model{revision}"))
         assert tokenizer.pad_token == ("<|eos|>" if revision else "<|pad|>")
     config = small(teacher_model="some/model", student_model="some/model@other")
+    assert teacher_fingerprint(config) == teacher_fingerprint(small())
     check_models(config)
     teacher = load_teacher("some/model", config=config)
     check_pair(config, teacher, load_student(config, teacher), load_tokenizer(config))
 
 
-def test_fields_decide_the_dtype_and_the_attention(small):
+def test_models_have_their_dtype_mode_and_attention(small):
     config = small(teacher_dtype="float16", attn_implementation="eager")
     assert (teacher_dtype(config, "bf16"), teacher_dtype(small(), "bf16")) == (torch.float16, torch.bfloat16)
     teacher = load_teacher("embedded", torch.float16, config)
-    assert teacher.dtype == torch.float16
-    for model in (teacher, load_student(config, None), load_student(small(student_layers=2), teacher)):
+    students = load_student(config, None), load_student(small(student_layers=2), teacher)
+    assert teacher.dtype == torch.float16 and all(student.dtype == torch.float32 for student in students)
+    for model in (teacher, *students):
         assert model.config._attn_implementation == "eager"
+    assert all(student.training for student in students) and not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     with pytest.raises(UsageError, match=r"teacher_model embedded could not be loaded: FlashAttention2"):
         load_teacher("embedded", torch.bfloat16, small(attn_implementation="flash_attention_2"))
 
@@ -201,26 +174,12 @@ def test_code_of_a_model_runs_only_if_asked_for(small, folder, tmp_path, monkeyp
     assert (tmp_path / "ran").exists()
 
 
-class MakesAFile:
-    """When it is unpickled, it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
-def test_weights_are_never_unpickled(folder, tmp_path):
-    """Without safetensors a model is refused, also if its weights are complete."""
-    weights, made = folder / "pytorch_model.bin", tmp_path / "made"
+def test_weights_are_never_unpickled(folder):
+    """Also if the weights could be loaded."""
+    torch.save(load_teacher().state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    torch.save({**load_teacher().state_dict(), "more": MakesAFile(made)}, weights)
     with pytest.raises(UsageError, match=r"teacher_model .*model .*safetensors"):
         load_teacher(str(folder))
-    assert not made.exists()
-    torch.load(weights, weights_only=False)
-    assert made.exists()  # so this test can fail
 
 
 # --- the pair

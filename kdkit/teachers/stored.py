@@ -139,7 +139,7 @@ def read_layout(folder: Path, made_for: dict) -> dict:
     if names:
         differences = "; ".join(f"{name} was {before.get(name)!r}, is {made_for[name]!r}" for name in names)
         raise UsageError(
-            f"the targets in {folder} were made for another run: {differences}. Set the same values, or make new targets "
-            "with python -m kdkit.targets and another --targets_dir"
+            f"the targets in {folder} were made for another run: {differences}. Set the same values, or make new "
+            "targets with python -m kdkit.targets and another --targets_dir"
         )
     return content["layout"]
