@@ -52,7 +52,7 @@ def compare(run_dirs: list[str], prompt: str | None = None, max_new_tokens: int 
     tokenizer = load_tokenizer(first)
     _, rows = load_rows(first, tokenizer)
     prompt = prompt or tokenizer.decode(rows[0]["input_ids"][:24], skip_special_tokens=True)
-    teacher = load_teacher(first.teacher_model, config=dataclasses.replace(first, teacher_dtype="float32")).to(device)
+    teacher = load_teacher(first.teacher_model, torch.float32, first).to(device)
 
     lines, samples = [["", "parameters", *COLUMNS]], [f"Each model continues {prompt!r}:"]
     for run, config in {"": first, **configs}.items():

@@ -48,7 +48,7 @@ def load(config: DistillConfig, accelerator: Accelerator) -> Loaded:
     tokenizer = load_tokenizer(config)
     train_rows, eval_rows = load_rows(config, tokenizer)
     steps = Steps(train_rows, config, tokenizer.pad_token_id, accelerator.process_index, accelerator.num_processes)
-    teacher = open_teacher(config, accelerator.mixed_precision, tokenizer, train_rows, eval_rows)
+    teacher = open_teacher(config, accelerator.mixed_precision, train_rows, eval_rows)
     student = BodyAndHead(load_student(config, teacher))
     pair = check_pair(config, teacher, student, tokenizer)
     return Loaded(tokenizer, steps, eval_rows, teacher, student, pair)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import errors
+from huggingface_hub.errors import GatedRepoError
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from kdkit.config import UsageError
@@ -19,6 +19,8 @@ from kdkit.models import (
     load_teacher,
     load_tokenizer,
     student_from_layers,
+    teacher_dtype,
+    teacher_fingerprint,
 )
 from kdkit.train import train
 
@@ -46,22 +48,6 @@ def test_embedded_teacher_has_a_card_and_stays_small():
     assert sum(file.stat().st_size for file in TEACHER.iterdir()) < 8e6
 
 
-def test_teacher_stays_frozen_while_the_student_trains(small):
-    teacher = load_teacher()
-    student = load_student(small(), teacher).train()
-    assert student.training and not any(module.training for module in teacher.modules())
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert teacher.dtype == torch.bfloat16 and student.dtype == torch.float32
-
-
-def test_random_student_depends_on_the_seed(small):
-    def weights(seed):
-        torch.manual_seed(seed)
-        return load_student(small(), None).state_dict()["model.layers.0.mlp.up_proj.weight"]
-
-    assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
-
-
 @pytest.mark.parametrize("layers, kept", [([0, 2], [0, 2]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3]), (1, [0])])
 def test_student_of_layers_has_the_teachers_weights_and_ties(layers, kept):
     teacher = load_teacher(dtype=torch.float32)
@@ -82,21 +68,16 @@ def test_layers_that_do_not_exist_are_named(layers):
         student_from_layers(load_teacher(), layers)
 
 
-def test_body_and_head_give_the_models_logits_and_sizes():
-    model = load_teacher(dtype=torch.float32)
+def test_body_and_head_give_the_models_logits_and_sizes_and_get_gradients():
+    model = tiny(tie_word_embeddings=False)
     wrapped = BodyAndHead(model)
     logits = wrapped(BATCH, lambda hidden, head, scale: scale * hidden @ head.T, 1.0)
     torch.testing.assert_close(logits, model(**BATCH).logits)
     hidden, head = wrapped(BATCH)
     torch.testing.assert_close(hidden @ head.T, logits)
-    assert (wrapped.head_rows, wrapped.context, wrapped.extra_head_step()) == (1024, 512, None)
-    assert wrapped.num_parameters == model.num_parameters()
-
-
-def test_wrapped_model_gives_its_head_a_gradient():
-    model = BodyAndHead(tiny(tie_word_embeddings=False))
-    model(BATCH, lambda hidden, head: (hidden @ head.T).logsumexp(-1).sum()).backward()
+    logits.logsumexp(-1).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+    assert (wrapped.head_rows, wrapped.context, wrapped.num_parameters) == (1024, 512, model.num_parameters())
 
 
 # --- what cannot be loaded
@@ -109,44 +90,29 @@ def test_missing_folder_is_named_before_the_hub_is_asked(monkeypatch, name):
         load_teacher(name)
 
 
-def test_hub_id_without_a_network_is_named():
-    with pytest.raises(UsageError, match="teacher_model nobody/nothing could not be loaded"):
-        load_teacher("nobody/nothing")
-
-
 @pytest.mark.parametrize("role", ["teacher", "student"])
 def test_folder_without_a_model_is_named_before_the_data_is_read(small, tmp_path, role):
-    with pytest.raises(UsageError, match=rf"{role}_model .* without a config\.json"):
+    with pytest.raises(UsageError, match=rf"{role}_model .* in its config\.json"):
         train(small(**{f"{role}_model": str(tmp_path)}, dataset="never/looked-at"))
 
 
-@pytest.mark.parametrize("role", ["teacher", "student"])
-def test_truncated_weights_are_named_before_the_data_is_read(small, folder, role):
+def test_truncated_weights_are_named(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(UsageError, match=f"{role}_model .*: model.safetensors is truncated"):
-        train(small(**{f"{role}_model": str(folder)}, dataset="never/looked-at"))
-    with pytest.raises(UsageError, match="broken safetensors file"):
+    with pytest.raises(UsageError, match=r"teacher_model .* broken safetensors file"):
         load_teacher(str(folder))
 
 
-@pytest.mark.parametrize(
-    "error, message",
-    [
-        ("GatedRepoError", "teacher_model some/model is gated: ask for access at https://huggingface.co/some/model"),
-        ("RepositoryNotFoundError", "teacher_model some/model is neither a local path nor on the hub"),
-        ("RevisionNotFoundError", "teacher_model some/model has no such revision"),
-    ],
-)
-def test_refusal_of_the_hub_is_explained_in_one_line(monkeypatch, error, message):
+def test_refusal_of_the_hub_is_explained_in_one_line(monkeypatch):
     def refuse(*_, **__):
         response = SimpleNamespace(status_code=401, headers={}, request=None, url="", text="")
-        raise getattr(errors, error)("401 Client Error", response=response)
+        raise GatedRepoError("401 Client Error", response=response)
 
     monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refuse)
-    with pytest.raises(UsageError, match=message) as raised:
+    with pytest.raises(
+        UsageError, match=r"^teacher_model some/model is gated: .* https://huggingface.co/some/model.*$"
+    ):
         load_teacher("some/model")
-    assert "\n" not in str(raised.value)
 
 
 def test_hub_id_is_loaded_at_its_revision(small, tmp_path, monkeypatch):
@@ -162,17 +128,22 @@ def test_hub_id_is_loaded_at_its_revision(small, tmp_path, monkeypatch):
         tokenizer = load_tokenizer(small(teacher_model=f"some/model{revision}"))
         assert tokenizer.pad_token == ("<|eos|>" if revision else "<|pad|>")
     config = small(teacher_model="some/model", student_model="some/model@other")
+    assert teacher_fingerprint(config) == teacher_fingerprint(small())
     check_models(config)
     teacher = load_teacher("some/model", config=config)
     check_pair(config, teacher, load_student(config, teacher), load_tokenizer(config))
 
 
-def test_fields_decide_the_dtype_and_the_attention(small):
+def test_models_have_their_dtype_mode_and_attention(small):
     config = small(teacher_dtype="float16", attn_implementation="eager")
-    teacher = load_teacher("embedded", torch.bfloat16, config)
-    assert teacher.dtype == torch.float16 and load_teacher("embedded", torch.bfloat16, small()).dtype == torch.bfloat16
-    for model in (teacher, load_student(config, None), load_student(small(student_layers=2), teacher)):
+    assert (teacher_dtype(config, "bf16"), teacher_dtype(small(), "bf16")) == (torch.float16, torch.bfloat16)
+    teacher = load_teacher("embedded", torch.float16, config)
+    students = load_student(config, None), load_student(small(student_layers=2), teacher)
+    assert teacher.dtype == torch.float16 and all(student.dtype == torch.float32 for student in students)
+    for model in (teacher, *students):
         assert model.config._attn_implementation == "eager"
+    assert all(student.training for student in students) and not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     with pytest.raises(UsageError, match=r"teacher_model embedded could not be loaded: FlashAttention2"):
         load_teacher("embedded", torch.bfloat16, small(attn_implementation="flash_attention_2"))
 
@@ -203,28 +174,12 @@ def test_code_of_a_model_runs_only_if_asked_for(small, folder, tmp_path, monkeyp
     assert (tmp_path / "ran").exists()
 
 
-class MakesAFile:
-    """When it is unpickled, it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
-def test_weights_are_never_unpickled(small, folder, tmp_path):
-    """Without safetensors a model is refused, before the data is read; also if its weights are complete."""
-    weights, made = folder / "pytorch_model.bin", tmp_path / "made"
+def test_weights_are_never_unpickled(folder):
+    """Also if the weights could be loaded."""
+    torch.save(load_teacher().state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    torch.save({**load_teacher().state_dict(), "more": MakesAFile(made)}, weights)
-    config = small(teacher_model=str(folder), dataset="never/looked-at")
-    for load in (lambda: train(config), lambda: load_teacher(str(folder))):
-        with pytest.raises(UsageError, match=r"teacher_model .*model .*safetensors"):
-            load()
-    assert not made.exists()
-    torch.load(weights, weights_only=False)
-    assert made.exists()  # so this test can fail
+    with pytest.raises(UsageError, match=r"teacher_model .*model .*safetensors"):
+        load_teacher(str(folder))
 
 
 # --- the pair
@@ -243,11 +198,9 @@ def biased():
     return model
 
 
-def check(small, teacher, student, template=None, **fields):
+def check(small, teacher, student, **fields):
     config = small(**fields)
-    tokenizer = load_tokenizer(config)
-    tokenizer.chat_template = template
-    return check_pair(config, teacher, student, tokenizer)
+    return check_pair(config, teacher, student, load_tokenizer(config))
 
 
 @pytest.mark.parametrize("wrap", [BodyAndHead, lambda model: model])
@@ -261,7 +214,7 @@ def test_heads_of_different_sizes_are_cut_to_the_smaller(small, wrap):
     [
         (tiny, lambda: tiny(1000), r"student's head has 1000 rows for a tokenizer of 1024 entries"),
         (soft_capped, tiny, r"teacher's logits.*final_logit_softcapping = 1\.0"),
-        (tiny, biased, r"student's logits.*bias in the head"),
+        (tiny, biased, r"student's logits.*have a bias"),
         (tiny, lambda: tiny(max_position_embeddings=300), r"max_length is 500, .* student's context of 300 tokens"),
     ],
 )
@@ -279,7 +232,6 @@ def test_same_tokenizer_passes_and_another_of_the_same_size_is_refused(small, fo
     fields = {"student_model": str(folder)}
     pair = check(small, load_teacher(), load_student(small(**fields), None), **fields)
     assert pair.vocab_size == 1024 and not any("note" in line for line in pair.report)
-    assert "context: 512 and 512 tokens" in pair.report
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     entries = tokenizer["model"]["vocab"]
     entries["Ġthe"], entries["Ġto"] = entries["Ġto"], entries["Ġthe"]
@@ -288,28 +240,11 @@ def test_same_tokenizer_passes_and_another_of_the_same_size_is_refused(small, fo
         check(small, load_teacher(), load_teacher(), **fields)
 
 
-def test_other_special_tokens_are_reported(small, folder):
-    edit(folder / "tokenizer_config.json", eos_token="<|pad|>")
+def test_other_special_tokens_and_templates_are_reported(small, folder):
+    edit(folder / "tokenizer_config.json", eos_token="<|pad|>", chat_template="another")
     report = check(small, load_teacher(), load_student(small(), None), student_model=str(folder)).report
     assert "note: eos_token is <|eos|> for the teacher and <|pad|> for the student: the teacher's is used" in report
+    assert "note: the chat templates differ: the teacher's is used for both" in report
     edit(folder / "tokenizer_config.json", eos_token="<|eos|>", pad_token="<|eos|>")
     report = check(small, load_teacher(), load_teacher(), teacher_model=str(folder), student_layers=2).report
     assert any("pad <|eos|> (pad and eos share an id; padding is masked by position" in line for line in report)
-
-
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    "ours, theirs, expected",
-    [
-        (TEMPLATE, TEMPLATE + "{# another, with the same output #}", ["both render the same text"]),
-        (TEMPLATE, TEMPLATE.replace(": ", ":"), ["differ from character 7 on", "Be brief"]),
-        (None, TEMPLATE, ["differ from character 0 on", "'no template'"]),
-    ],
-)
-def test_chat_templates_are_compared_by_their_output(small, folder, ours, theirs, expected):
-    edit(folder / "tokenizer_config.json", chat_template=theirs)
-    report = check(small, load_teacher(), load_student(small(), None), ours, student_model=str(folder)).report
-    (line,) = [line for line in report if "chat templates" in line]
-    assert all(words in line for words in expected)

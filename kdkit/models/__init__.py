@@ -1,18 +1,8 @@
 """The two models: load them, and check that they fit each other."""
-# ruff: noqa: F401
+# ruff: noqa: F401, I001
 
 from kdkit.models.load import (
-    ASSETS,
-    BodyAndHead,
-    check_models,
-    count_parameters,
-    load_student,
-    load_student_config,
-    load_teacher,
-    load_tokenizer,
-    student_from_layers,
-    teacher_dtype,
-    teacher_folder,
-    wrap,
-)
-from kdkit.models.pair import Pair, check_head, check_pair
+    ASSETS, BodyAndHead, check_models, count_parameters, load_student, load_teacher, load_tokenizer,
+    student_from_layers, teacher_dtype, teacher_fingerprint, wrap,
+)  # fmt: skip
+from kdkit.models.pair import Pair, check_pair

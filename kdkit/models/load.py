@@ -4,10 +4,13 @@ Shapes: B rows, S tokens, H hidden size, V rows of a head (entries of the vocabu
 """
 
 import copy
+import hashlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +31,9 @@ class BodyAndHead(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.head_rows = len(model.get_output_embeddings().weight)  # V, often padded to a rounder number
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # None: unlimited
+        self.num_parameters = count_parameters(model)
         self.training = model.training  # a new module is in train mode, whatever it holds
         self._no_split_modules = model._no_split_modules  # FSDP shards each of these (the decoder layers) separately
 
@@ -43,44 +49,30 @@ class BodyAndHead(nn.Module):
         )
         return function(output.last_hidden_state, self.model.get_output_embeddings().weight, *arguments)
 
-    @property
-    def head_rows(self) -> int:
-        """V, the number of rows of the head: at least the number of tokens, often padded to a rounder number."""
-        return len(self.model.get_output_embeddings().weight)
-
-    @property
-    def context(self) -> int | None:
-        """The largest number of positions of the model, or None if it has no limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-
-    @property
-    def num_parameters(self) -> int:
-        """The number of parameters, tied ones counted once."""
-        return count_parameters(self.model)
-
     @torch.no_grad()
-    def extra_head_step(self) -> str | None:
-        """What the model does to its logits beyond hidden @ head^T, or None if nothing.
+    def check_head(self, role: str) -> None:
+        """Raise a UsageError if the logits are not hidden @ head^T. Call this before the model is sharded.
 
-        Compares both on a few tokens, which shows soft caps, scales and biases. Call it before the model is sharded.
+        Compares both on a few tokens, which shows soft caps, scales and biases.
         """
-        head = self.model.get_output_embeddings()
-        if head.weight.is_meta:  # with FSDP only rank 0 loads the weights, and makes this comparison
-            return None
-        was_training = self.model.training
-        self.model.eval()
-        ids = torch.arange(4, device=head.weight.device)[None]
-        output = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
-        self.model.train(was_training)
-        logits = output.logits.float()
-        difference = (output.hidden_states[-1].float() @ head.weight.float().T - logits).abs().max()
-        if not difference > 0.05 * logits.abs().max() + 1e-3:  # NaN is a fault of the weights, found in evaluation
-            return None
-        names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-        settings = {name: getattr(self.model.config, name, None) for name in names}
-        found = [f"{name} = {value}" for name, value in settings.items() if value]
-        found += ["a bias in the head"] if getattr(head, "bias", None) is not None else []
-        return ", ".join(found) or "an unknown step"
+        weight = self.model.get_output_embeddings().weight
+        if weight.is_meta:  # with FSDP only rank 0 loads the weights, and makes this comparison
+            return
+        was_training = self.training
+        self.eval()
+        ids = torch.arange(4, device=weight.device)[None]
+        batch = {"input_ids": ids, "position_ids": ids}
+        hidden, head = self(batch)
+        logits = self.model(**batch, use_cache=False).logits.float()
+        self.train(was_training)
+        difference = (hidden.float() @ head.float().T - logits).abs().max()
+        if difference > 0.05 * logits.abs().max() + 1e-3:  # not with NaN: a fault of the weights, found in evaluation
+            names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+            found = [f"{name} = {value}" for name in names if (value := getattr(self.model.config, name, None))]
+            raise UsageError(
+                f"the {role}'s logits are not hidden @ head^T, but have {', '.join(found) or 'a bias, or another step'}"
+                ", which the loss would not apply: use a model with a plain head"
+            )
 
 
 def wrap(model: nn.Module):
@@ -93,36 +85,19 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-# --- loading -------------------------------------------------------------------------------------------------
-
-
 def locate(name: str, role: str) -> tuple[str, str]:
-    """Return the folder or hub id, and the revision, of a model name: "embedded", a folder, "id" or "id@revision".
-
-    Raises:
-        UsageError: the name can only be a path, and there is no model folder at that path.
-    """
+    """Return the folder or hub id, and the revision, of a model name: "embedded", a folder, "id" or "id@revision"."""
     if name == "embedded":
         return str(ASSETS / f"embedded_{role}"), "main"
-    hub_id, revision = split_revision(name)
-    path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UsageError(
-            f"{role}_model {name} is a folder without a config.json: give a folder that save_pretrained wrote"
-        )
-    if path.is_dir():
-        return str(path), revision
-    if path.is_absolute() or name.startswith((".", "~")) or hub_id.count("/") > 1:
+    path, revision = split_revision(os.path.expanduser(name))
+    is_hub_id = path.count("/") < 2 and not path.startswith((".", "/", "~"))
+    if not is_hub_id and not Path(path).is_dir():
         raise UsageError(f"{role}_model {name} does not exist: give a model folder, a hub id, or embedded")
-    return hub_id, revision
+    return path, revision
 
 
 def load_pretrained(auto_class, name: str, role: str, config: DistillConfig, **options):
-    """Call auto_class.from_pretrained and turn its exceptions into one line.
-
-    Raises:
-        UsageError: the model could not be loaded.
-    """
+    """Call auto_class.from_pretrained, and turn its exceptions into a UsageError of one line."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # for reading files; downloads keep theirs
@@ -132,7 +107,7 @@ def load_pretrained(auto_class, name: str, role: str, config: DistillConfig, **o
             path, revision=revision, trust_remote_code=config.trust_remote_code, **options
         )
     except loading_errors() as error:
-        remedy = "give a Hugging Face model folder with safetensors files, or a hub id"
+        remedy = "give a model folder with safetensors files, or a hub id"
         raise explain(f"{role}_model", name, error, remedy) from error
 
 
@@ -144,48 +119,32 @@ def load_model(name: str, role: str, config: DistillConfig, dtype: torch.dtype) 
     return load_pretrained(AutoModelForCausalLM, name, role, config, **options)
 
 
-def check_models(config: DistillConfig) -> None:
-    """Check, before any data is read, that both models have a config and that local weights are complete.
-
-    Raises:
-        UsageError: there is no such model, or it has no safetensors file, or a truncated one.
-    """
-    from safetensors import SafetensorError, safe_open
+def check_models(config: DistillConfig) -> list:
+    """Load the transformers configs of the models of a run, which shows wrong names before any data is read."""
     from transformers import AutoConfig
 
-    from_layers = config.student_layers is not None
-    reads_weights = {"teacher": config.targets == "online" or from_layers, "student": config.student_is_pretrained}
-    for role in ("teacher",) if from_layers else ("teacher", "student"):
-        name = getattr(config, f"{role}_model")
-        load_pretrained(AutoConfig, name, role, config)
-        folder = Path(locate(name, role)[0])
-        if not reads_weights[role] or not folder.is_dir():
-            continue
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UsageError(
-                f"{role}_model {name} has no *.safetensors file, the only format of weights that kdkit reads: "
-                "load it with transformers and save it with save_pretrained"
-            )
-        for file in files:
-            try:
-                safe_open(file, framework="pt").__enter__()  # reads the header, which gives the size
-            except (SafetensorError, OSError) as error:
-                raise UsageError(
-                    f"{role}_model {name}: {file.name} is truncated or not a safetensors file ({error}): "
-                    "download or copy it again"
-                ) from error
+    roles = ("teacher", "student") if config.student_layers is None else ("teacher",)
+    return [load_pretrained(AutoConfig, getattr(config, f"{role}_model"), role, config) for role in roles]
 
 
-def teacher_folder(config: DistillConfig) -> Path | None:
-    """Return the folder of the teacher's files, in the hub's cache for a hub id; None if it is not on this machine."""
-    from huggingface_hub import try_to_load_from_cache
+def teacher_fingerprint(config: DistillConfig) -> str | None:
+    """Hash the teacher's config.json and samples of its weights; None if they are not on this machine.
+
+    Files up to 16 MiB are read completely. Samples suffice for larger ones, since training changes all weights.
+    """
+    from transformers.utils import cached_file
 
     path, revision = locate(config.teacher_model, "teacher")
-    if Path(path).is_dir():
-        return Path(path)
-    found = try_to_load_from_cache(path, "config.json", revision=revision)
-    return Path(found).parent if isinstance(found, str) else None
+    try:
+        config_file = Path(cached_file(path, "config.json", revision=revision, local_files_only=True))
+    except OSError:
+        return None
+    digest, files = hashlib.sha256(config_file.read_bytes()), sorted(config_file.parent.glob("*.safetensors"))
+    for file in files:
+        content = np.memmap(file, mode="r")  # bytes
+        for start in range(0, len(content), max(2**16, len(content) // 256)):
+            digest.update(content[start : start + 2**16])
+    return digest.hexdigest()[:16] if files else None
 
 
 def teacher_dtype(config: DistillConfig, mixed_precision: str) -> torch.dtype:
@@ -199,9 +158,6 @@ def load_tokenizer(config: DistillConfig):
     """Load the teacher's tokenizer, which the run uses for both models.
 
     Without a pad token it pads with the end-of-text token; labels, not ids, decide what is in the loss.
-
-    Raises:
-        UsageError: there is no such model, no token to pad with, or no file at `chat_template`.
     """
     from transformers import AutoTokenizer
 
@@ -209,9 +165,7 @@ def load_tokenizer(config: DistillConfig):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
-        raise UsageError(
-            f"the tokenizer of {config.teacher_model} has neither a pad nor an eos token: set one in its folder"
-        )
+        raise UsageError(f"the tokenizer of {config.teacher_model} has no pad or eos token: set one in its folder")
     if config.chat_template is not None:
         if not Path(config.chat_template).is_file():
             raise UsageError(f"chat_template {config.chat_template} does not exist: give a file with a Jinja template")
@@ -224,36 +178,16 @@ def load_teacher(
 ) -> nn.Module:
     """Load the teacher in eval mode (its dropout would be noise in the target) and without gradients.
 
-    Args:
-        name: "embedded", a folder, a hub id or id@revision.
-        dtype: of its weights, if `teacher_dtype` of the configuration is auto.
-        config: for `teacher_dtype`, `attn_implementation` and `trust_remote_code`.
-
-    Raises:
-        UsageError: the model could not be loaded.
+    `name` is "embedded", a folder, a hub id or id@revision. `config` gives the attention and `trust_remote_code`.
     """
-    config = config or DistillConfig()
-    dtype = dtype if config.teacher_dtype == "auto" else getattr(torch, config.teacher_dtype)
-    return load_model(name, "teacher", config, dtype).requires_grad_(False).eval()
-
-
-def load_student_config(config: DistillConfig):
-    """Load the transformers config of `student_model`."""
-    from transformers import AutoConfig
-
-    return load_pretrained(AutoConfig, config.student_model, "student", config)
+    return load_model(name, "teacher", config or DistillConfig(), dtype).requires_grad_(False).eval()
 
 
 def load_student(config: DistillConfig, teacher) -> nn.Module:
     """Load or make the student in train mode and in fp32: these are the master weights, autocast casts them to bf16.
 
-    Args:
-        config: with `student_layers` the student is cut from the teacher; otherwise it is `student_model` with its
-            weights, or with random ones if `student_random_init` is set or it is the embedded student.
-        teacher: a transformers model or a teacher of `kdkit.teachers`; only used with `student_layers`.
-
-    Raises:
-        UsageError: the model could not be loaded, or the teacher does not have these layers.
+    With `student_layers` it is cut from the teacher, a transformers model or a teacher of `kdkit.teachers`. Otherwise
+    it is `student_model` with its weights, or with random ones (`student_random_init`, and the embedded student).
     """
     from transformers import AutoModelForCausalLM
 
@@ -262,18 +196,14 @@ def load_student(config: DistillConfig, teacher) -> nn.Module:
     if config.student_is_pretrained:
         return load_model(config.student_model, "student", config, torch.float32).train()
     options = {"attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
-    return AutoModelForCausalLM.from_config(load_student_config(config), dtype=torch.float32, **options).train()
+    student_config = check_models(config)[-1]
+    return AutoModelForCausalLM.from_config(student_config, dtype=torch.float32, **options).train()
 
 
 def student_from_layers(teacher: nn.Module, layers: list[int] | int) -> nn.Module:
-    """Copy a model with some of its decoder layers, in fp32.
+    """Copy a transformers causal language model with some of its decoder layers, in fp32.
 
-    Args:
-        teacher: a transformers causal language model.
-        layers: rising indices, or a number of layers, which are spread evenly with the first and the last kept.
-
-    Raises:
-        UsageError: the teacher does not have these layers, or there are none.
+    `layers` are rising indices, or a number of layers, which are spread evenly with the first and the last kept.
     """
     depth, given = teacher.config.num_hidden_layers, layers
     if isinstance(layers, int):
@@ -287,12 +217,10 @@ def student_from_layers(teacher: nn.Module, layers: list[int] | int) -> nn.Modul
     config.num_hidden_layers = len(layers)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer] for layer in layers]
-    student = type(teacher)(config).float()
-    source = teacher.state_dict()
-    # The first number in the name of a parameter is the index of its layer.
-    origins = {
-        name: re.sub(r"\.(\d+)\.", lambda match: f".{layers[int(match[1])]}.", name, count=1)
-        for name in student.state_dict()
-    }
-    student.load_state_dict({name: source[origin] for name, origin in origins.items()})
+    student, weights = type(teacher)(config).float(), teacher.state_dict()
+
+    def origin(name: str) -> str:  # the first number in the name of a parameter is the index of its layer
+        return re.sub(r"\.(\d+)\.", lambda match: f".{layers[int(match[1])]}.", name, count=1)
+
+    student.load_state_dict({name: weights[origin(name)] for name in student.state_dict()})
     return student

@@ -7,23 +7,18 @@ The rest of the kit does not ask which of the two it has. A teacher has
     num_parameters                   of the model, tied ones counted once
     place(accelerator, placement)    moves, shards or offloads it, after the student is prepared
     placement                        a line to print: where it is kept
-    extra_head_step()                what its logits have beyond hidden @ head^T, or None
+    check_head(role)                 raises an error if its logits are not hidden @ head^T
     model                            the transformers model, for a student that is cut from its layers
 """
-# ruff: noqa: F401
 
 from kdkit.models import load_teacher, teacher_dtype
 from kdkit.teachers.online import OnlineTeacher
-from kdkit.teachers.stored import SplitFiles, StoredTeacher, check_made_for, describe_made_for, read_description
+from kdkit.teachers.stored import StoredTeacher
 
 
-def open_teacher(config, mixed_precision: str, tokenizer, train_rows, eval_rows) -> OnlineTeacher | StoredTeacher:
-    """Load the teacher of a run, or open its stored targets, as the field `targets` says.
-
-    Raises:
-        UsageError: there is no such model; or the stored targets are missing, incomplete or made for something else.
-    """
+def open_teacher(config, mixed_precision: str, train_rows, eval_rows) -> OnlineTeacher | StoredTeacher:
+    """Load the teacher of a run, or open its stored targets, as the field `targets` says."""
     dtype = teacher_dtype(config, mixed_precision)
     if config.targets == "online":
         return OnlineTeacher(load_teacher(config.teacher_model, dtype, config))
-    return StoredTeacher(config, tokenizer, train_rows, eval_rows, dtype)
+    return StoredTeacher(config, train_rows, eval_rows, dtype)

@@ -5,49 +5,41 @@ import warnings
 import torch
 from accelerate import Accelerator, cpu_offload
 from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from torch import nn
 
 from kdkit.config import UsageError
 from kdkit.models import BodyAndHead
+
+PLACEMENTS = {"replicate": "a copy on each device", "shard": "a part on each device", "offload": "in CPU memory"}
 
 
 class OnlineTeacher(BodyAndHead):
     """A frozen causal language model: teacher(batch) -> (hidden (B, S, H), head (V, H))."""
 
-    placement = "where it was loaded"
-
     def __init__(self, model: nn.Module):
         super().__init__(model)
         self.requires_grad_(False).eval()
 
-    @torch.no_grad()
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the last hidden states of a batch and the head."""
-        return super().forward(batch)
-
     def place(self, accelerator: Accelerator, placement: str) -> None:
         """Move the weights to where `placement` says. With FSDP call this after accelerator.prepare.
 
-        Args:
-            accelerator: the run's.
-            placement: `replicate` (a copy on each device), `shard` (a part on each device; a layer is gathered while
-                it runs), `offload` (in CPU memory; a layer is copied to the device while it runs), or `auto`.
+        With `shard`, a layer is gathered while it runs; with `offload`, it is copied to the device. `auto` chooses.
 
         Raises:
             UsageError: `shard` with one process.
         """
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
         from transformers.integrations import is_fsdp_enabled
 
-        several, reason = accelerator.num_processes > 1, "as set"
+        several, device = accelerator.num_processes > 1, accelerator.device
         if placement == "auto":
-            placement, reason = self._choose(accelerator)
+            placement = self._choose(accelerator)
         if placement == "shard" and not several:
             raise UsageError("teacher_placement is shard, but there is one process: use replicate, offload or auto")
-        words = {"replicate": "a copy on each device", "shard": f"sharded over {accelerator.num_processes} ranks"}
-        self.placement = f"{words.get(placement, 'in CPU memory')} ({placement}, {reason})"
+        offload = placement == "offload"
+        self.placement = f"{PLACEMENTS[placement]} ({placement})"
 
-        device, offload = accelerator.device, placement == "offload"
         from_rank_0 = bool(is_fsdp_enabled())  # then transformers may leave the parameters of the others empty
         weights = self.state_dict() if from_rank_0 and accelerator.is_main_process else {}
         if from_rank_0:
@@ -55,45 +47,35 @@ class OnlineTeacher(BodyAndHead):
         if placement == "replicate":
             self.to(device)
         elif several:
-            self._shard(offload, pin_memory=device.type == "cuda")
-        elif device.type != "cpu":
-            self._offload(device)
+            # Not accelerate's fsdp2_prepare_model: it needs an FSDP configuration, which a DDP run does not have, and
+            # would apply the student's mixed precision and offloading to the teacher.
+            policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+            layers = [module for module in self.modules() if type(module).__name__ in (self._no_split_modules or [])]
+            for module in [*layers, self]:  # each decoder layer alone, then embedding, norm and head together
+                fully_shard(module, offload_policy=policy)
+        else:
+            # Hooks fetch a layer when its forward is called. The head's never is: it stays on the device.
+            self.model.get_output_embeddings().to(device)
+            cpu_offload(self.model.base_model, device)
         if from_rank_0:
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")
-                set_model_state_dict(self, weights, options=options)
+            warnings.filterwarnings(
+                "ignore", message=".*(_get_pg_default_device|Multiple backends)"
+            )  # of the next line
+            set_model_state_dict(self, weights, options=options)
             self.tie_weights()
 
-    def _choose(self, accelerator: Accelerator) -> tuple[str, str]:
+    def _choose(self, accelerator: Accelerator) -> str:
         if accelerator.distributed_type == DistributedType.FSDP:
-            return "shard", "auto: the student is sharded too"
+            return "shard"
         if accelerator.device.type != "cuda":
-            return "replicate", "auto: fastest"
-        need = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters()) / 2**30
-        free = torch.tensor([torch.cuda.mem_get_info(accelerator.device)[0] / 2**30], device=accelerator.device)
+            return "replicate"
+        need = sum(parameter.nbytes for parameter in self.parameters())
+        free = torch.tensor(torch.cuda.mem_get_info(accelerator.device)[0], device=accelerator.device)
         free = accelerator.gather(free).min().item()  # ranks that chose differently would wait for each other forever
         if need < 0.4 * free:
-            return "replicate", f"auto: its {need:.1f} GiB fit in {free:.1f} GiB free"
-        return "shard" if accelerator.num_processes > 1 else "offload", f"auto: {need:.1f} GiB of {free:.1f} GiB free"
-
-    def _shard(self, offload: bool, pin_memory: bool) -> None:
-        """Shard with FSDP2 over all ranks: each decoder layer alone, then embedding, norm and head together.
-
-        accelerate's fsdp2_prepare_model would need an FSDP configuration, which a DDP run does not have, and apply the
-        student's mixed precision and offloading to the teacher.
-        """
-        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-
-        policy = CPUOffloadPolicy(pin_memory=pin_memory) if offload else OffloadPolicy()
-        layers = [module for module in self.modules() if type(module).__name__ in (self._no_split_modules or [])]
-        for module in [*layers, self]:
-            fully_shard(module, offload_policy=policy)
-
-    def _offload(self, device: torch.device) -> None:
-        # Hooks fetch a layer when its forward is called. The head's never is: it stays on the device.
-        self.model.get_output_embeddings().to(device)
-        cpu_offload(self.model.base_model, device)
+            return "replicate"
+        return "shard" if accelerator.num_processes > 1 else "offload"
 
     def _replace_parameters(self, device: torch.device) -> None:
         """Replace all parameters by empty ones. Buffers stay: each rank has computed them."""
