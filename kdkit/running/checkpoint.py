@@ -52,9 +52,8 @@ def find_checkpoint(config: DistillConfig, accelerator: Accelerator) -> Path | N
     damaged = "; ".join(f"{path.name} is damaged ({reason})" for path, reason in reasons.items() if reason)
     if damaged and not found:
         raise UsageError(
-            f"resume is {config.resume}, but {damaged}: no checkpoint is left to resume from. Restore one, give another "
-            "one as --resume (such as runs/demo/checkpoints/step_00000200), or start over with --resume never, which "
-            "replaces the run"
+            f"resume is {config.resume}, but {damaged}: no checkpoint is left. Restore one, give the path of another, "
+            "such as runs/demo/checkpoints/step_00000200, or start over with --resume never, which replaces the run"
         )
     rows = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     rows_before = found and _read_state(found)["rows_per_step"]

@@ -19,8 +19,7 @@ def start_accelerator() -> Accelerator:
     Raises:
         UsageError: the launcher asked for something that kdkit does not support, or that is not what is running.
     """
-    asked_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    asked_fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    asked_processes, asked_fsdp = int(os.environ.get("WORLD_SIZE", "1")), parse_flag_from_env("ACCELERATE_USE_FSDP")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     on_cpu = device is None or device.type == "mps"  # Apple's GPU cannot join a process group
     # bf16 is slower than fp32 on a CPU without wide vector instructions
@@ -40,7 +39,7 @@ def start_accelerator() -> Accelerator:
     if accelerator.num_processes != asked_processes or (asked_fsdp and not is_fsdp):
         raise UsageError(
             f"the launcher asked for {asked_processes} process(es){' with FSDP' if asked_fsdp else ''}, but "
-            f"{accelerator.num_processes} is running as {accelerator.distributed_type}: each process needs a GPU of "
+            f"{accelerator.distributed_type} with {accelerator.num_processes} is running: each process needs a GPU of "
             "its own, and FSDP at least two processes; on CPUs, use accelerate_configs/fsdp_cpu.yaml or single.yaml"
         )
     plugin = accelerator.state.fsdp_plugin if is_fsdp else None
@@ -56,8 +55,8 @@ def start_accelerator() -> Accelerator:
 def _start_cpu_processes(fsdp: bool) -> None:
     """Join the CPU processes of the launcher into one gloo group.
 
-    accelerate 1.15 enables FSDP only for GPU-like devices, and with an FSDP configuration it leaves CPU processes
-    without a group. We start the group ourselves and report it as MULTI_GPU. `start_accelerator` checks the result.
+    accelerate 1.15 enables FSDP only for GPU-like devices, and leaves CPU processes of an FSDP configuration without a
+    group. We start the group ourselves and report it as MULTI_GPU. `start_accelerator` checks the result.
     """
     os.environ["ACCELERATE_USE_CPU"] = "true"
     state = PartialState(cpu=True)
@@ -67,12 +66,8 @@ def _start_cpu_processes(fsdp: bool) -> None:
 
 
 def leave_processes() -> None:
-    """Leave the process group at the end of a program.
-
-    A DDP model that is destroyed after its group deadlocks with gloo: the thread of the group waits for the
-    interpreter, which waits for the thread. Models without references are therefore collected first.
-    """
-    gc.collect()
+    """Leave the process group at the end of a program."""
+    gc.collect()  # with gloo, a DDP model that is destroyed after its group waits forever for the group's thread
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()

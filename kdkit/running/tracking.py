@@ -12,14 +12,11 @@ from kdkit.config import DistillConfig, RunStopped
 from kdkit.running.files import write_text
 from kdkit.running.hub import first_line
 
-WANDB_ID = "wandb_id.txt"
-
 
 class Tracker:
     """Writes each event as a line of metrics.jsonl, and to Weights & Biases under the same keys.
 
     Args:
-        config: the run.
         step: the step that the run resumes from. Events after it are removed, since those steps are repeated.
         enabled: whether this process writes; only the main process does.
         watch: called with each event after it is written.
@@ -36,15 +33,13 @@ class Tracker:
         if not enabled:
             return
         path = Path(config.output_dir) / "metrics.jsonl"
-        # a run that starts at step 0 repeats the evaluation of step 0, too
-        self.history = [
-            event for event in read_metrics(path) if step and event.get("train/step", event.get("eval/step")) <= step
-        ]
+        events = read_metrics(path) if step else []  # a run that starts at step 0 repeats the evaluation of step 0, too
+        self.history = [event for event in events if event.get("train/step", event.get("eval/step")) <= step]
         write_text(path, "".join(json.dumps(event) + "\n" for event in self.history))
         self._file = path.open("a", encoding="utf-8")
         self.where = f"metrics  {path}"
         if config.use_wandb:
-            self._call_wandb(self._start_wandb, config)
+            self._call_wandb(self._start_wandb, config, step)
 
     def log_training(self, *, step: int, epoch: float, **metrics: float) -> None:
         """Log a step: losses summed over micro-batches and ranks, the norm of the gradient before clipping, ..."""
@@ -62,10 +57,8 @@ class Tracker:
                 self._file.write(json.dumps(event) + "\n")
                 self._file.flush()
             except OSError as error:
-                raise RunStopped(
-                    f"{self._file.name} cannot be written ({error.strerror}). Make room and run the same command "
-                    "again: it resumes from the newest checkpoint"
-                ) from error
+                remedy = "make room and run the same command again: it resumes from the newest checkpoint"
+                raise RunStopped(f"{self._file.name} cannot be written ({error.strerror}): {remedy}") from error
         if self._wandb:
             self._call_wandb(self._wandb.log, event)
         if self._watch:
@@ -86,15 +79,15 @@ class Tracker:
             self._wandb = None
             tqdm.write(f"note     not to Weights & Biases: {first_line(error)} (--use_wandb false turns it off)")
 
-    def _start_wandb(self, config: DistillConfig) -> None:
-        """Start or resume a wandb run, without asking a question."""
+    def _start_wandb(self, config: DistillConfig, step: int) -> None:
+        """Start a wandb run, or continue that of a resumed run, without asking a question."""
         import wandb
 
         offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
         if not offline and not wandb.login(prompt=False, verify=False):
             raise RuntimeError("not logged in (run `wandb login`, or set WANDB_MODE=offline)")
-        id_file = Path(config.output_dir) / WANDB_ID  # a resumed run continues under the same id
-        if not id_file.is_file():
+        id_file = Path(config.output_dir) / "wandb_id.txt"
+        if step == 0 or not id_file.is_file():
             write_text(id_file, secrets.token_hex(4))
         settings = wandb.Settings(
             silent=True,
