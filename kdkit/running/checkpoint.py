@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -35,19 +35,15 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 def find_checkpoint(config: DistillConfig, accelerator: Accelerator) -> Path | None:
     """The checkpoint to resume from according to `config.resume`, or None for a new run. Called by all ranks.
 
-    Damaged checkpoints are skipped with a message. If all are damaged, the run does not silently start over.
-
-    Raises:
-        UsageError: a path that is not a checkpoint, only damaged checkpoints, or a run of another configuration.
+    Damaged checkpoints are skipped with a message. Raises a UsageError if all are damaged, so that the run does not
+    silently start over, and if they are of a run of another configuration.
     """
     if config.resume == "never":
         return None
     run_dir, candidates = Path(config.output_dir), checkpoints(config.output_dir)[::-1]
     if config.resume != "auto":
-        candidates = [Path(config.resume)]
-        run_dir = candidates[0].resolve().parent.parent
-    # all ranks take what rank 0 found
-    (reasons,) = broadcast_object_list([{path: _why_damaged(path) for path in candidates}])
+        run_dir, candidates = Path(config.resume).resolve().parent.parent, [Path(config.resume)]
+    (reasons,) = broadcast_object_list([{path: _why_damaged(path) for path in candidates}])  # what rank 0 found
     found = next((path for path, reason in reasons.items() if not reason), None)
     damaged = "; ".join(f"{path.name} is damaged ({reason})" for path, reason in reasons.items() if reason)
     if damaged and not found:
@@ -56,9 +52,9 @@ def find_checkpoint(config: DistillConfig, accelerator: Accelerator) -> Path | N
             "such as runs/demo/checkpoints/step_00000200, or start over with --resume never, which replaces the run"
         )
     rows = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    rows_before = found and _read_state(found)["rows_per_step"]
-    if (run_dir / "config.yaml").is_file():
-        _check_same_run(config, run_dir, same_rows=rows == rows_before)
+    rows_before = found and json.loads((found / "trainer.json").read_text())["rows_per_step"]
+    if (run_dir / "config.yaml").is_file():  # a run may be resumed on more ranks with fewer rows on each
+        _check_same_run(config, run_dir, ("batch_size", "gradient_accumulation_steps") if rows == rows_before else ())
     if damaged:
         accelerator.print(f"note     {damaged}; resuming from {found.name}")
     if found:
@@ -71,7 +67,8 @@ def _why_damaged(checkpoint: Path) -> str:
     """Why a checkpoint is damaged, or "". Reads the size and the header of each file, but not the tensors."""
     name = "trainer.json"
     try:
-        for name, size in _read_state(checkpoint)["files"].items():
+        sizes = json.loads((checkpoint / name).read_text())["files"]
+        for name, size in sizes.items():
             if (found := (checkpoint / name).stat().st_size) != size:
                 return f"{name} has {found:,} bytes, expected {size:,}"
             safe_open(checkpoint / name, "pt")
@@ -80,17 +77,10 @@ def _why_damaged(checkpoint: Path) -> str:
     return ""
 
 
-def _read_state(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / "trainer.json").read_text())
-
-
-def _check_same_run(config: DistillConfig, run_dir: Path, same_rows: bool) -> None:
-    may_change = {name for name, field in FIELDS.items() if field.metadata.get("may_change")}
-    if same_rows:  # a run may be resumed on more ranks with fewer rows on each
-        may_change |= {"batch_size", "gradient_accumulation_steps"}
+def _check_same_run(config: DistillConfig, run_dir: Path, may_change: Collection[str]) -> None:
     old, new = read_config(run_dir / "config.yaml").as_dict(), config.as_dict()
-    if changed := [name for name in new if old[name] != new[name] and name not in may_change]:
-        changes = "; ".join(f"{name} was {old[name]!r}, is {new[name]!r}" for name in changed)
+    names = [n for n in new if old[n] != new[n] and n not in may_change and not FIELDS[n].metadata.get("may_change")]
+    if changes := "; ".join(f"{name} was {old[name]!r}, is {new[name]!r}" for name in names):
         raise UsageError(
             f"{run_dir} holds a run of another configuration: {changes}. "
             "Choose another --output_dir, or start over with --resume never, which replaces that run"
@@ -135,9 +125,7 @@ def save_checkpoint(accelerator: Accelerator, student, optimizer, step: int, con
     """Write checkpoints/step_{step}, then remove all but the newest `keep_checkpoints`. Called by all ranks.
 
     Checkpoints of later steps are removed, too: they belong to an earlier attempt, which was resumed from before them.
-
-    Raises:
-        RunStopped: the checkpoint could not be written (a full disk, for example).
+    Raises RunStopped if the checkpoint cannot be written (a full disk, for example).
     """
     import torch.distributed.checkpoint as dcp
 
@@ -180,18 +168,16 @@ def _write_folder(accelerator, config, what: str, final: Path, write: Callable[[
     if problem := next(filter(None, gather_object([problem])), ""):
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)  # frees its space
-        newest = next((path.name for path in checkpoints(config.output_dir)[::-1]), "not written yet")
         raise RunStopped(
-            f"{what} could not be saved in {final.parent} ({problem}); the newest checkpoint is {newest}. Make room "
-            "and run the same command again: it resumes from there"
+            f"{what} could not be saved in {final.parent} ({problem}); the earlier checkpoints are kept. Make room and "
+            "run the same command again: it resumes from the newest"
         )
 
 
 def load_checkpoint(accelerator: Accelerator, student, optimizer, path: Path) -> int:
-    """Load student, optimizer and random number generators from a checkpoint. Returns the step of the checkpoint.
+    """Load the student, the optimizer and the random number generators from a checkpoint, and return its step.
 
-    Raises:
-        UsageError: the checkpoint is of another student or optimizer; nothing is loaded then.
+    Raises a UsageError, and loads nothing, if the checkpoint is of another student or optimizer.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -199,28 +185,26 @@ def load_checkpoint(accelerator: Accelerator, student, optimizer, path: Path) ->
     saved = reader.read_metadata().state_dict_metadata
     # a rank or a device that the checkpoint does not know keeps the random numbers of its seed
     tensors = {name: value for name, value in tensors.items() if name in saved or not name.startswith("rng.")}
+    # compared here, since torch silently skips missing chunks and tensors that the student does not have
     expected = {name: (tuple(value.shape), value.numel()) for name, value in tensors.items()}
     found = {name: (tuple(x.size), sum(chunk.sizes.numel() for chunk in x.chunks)) for name, x in saved.items()}
-    # checked here, since torch silently skips missing chunks and tensors that the student does not have
-    for name in sorted(expected.keys() | found.keys()):
-        is_of_other_rank = name.startswith("rng.") and name not in expected
-        if expected.get(name) != found.get(name) and not is_of_other_rank:
-            raise UsageError(
-                f"{path} does not fit the student: {name} is {found.get(name)} in the checkpoint and "
-                f"{expected.get(name)} in the student (shape, numbers); resume with the student of that run"
-            )
+    names = tensors.keys() | {name for name in saved if not name.startswith("rng.")}
+    if wrong := min((name for name in names if expected.get(name) != found.get(name)), default=""):
+        raise UsageError(
+            f"{path} does not fit the student: {wrong} is {found.get(wrong)} in the checkpoint and "
+            f"{expected.get(wrong)} in the student (shape, numbers); resume with the student of that run"
+        )
     dcp.load(tensors, storage_reader=reader)
     for device, set_state in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
         if (name := f"rng.{accelerator.process_index}.{device}") in tensors:
             set_state(tensors[name])
-    return _read_state(path)["step"]
+    return json.loads((path / "trainer.json").read_text())["step"]
 
 
 def export(accelerator: Accelerator, student, tokenizer, config: DistillConfig) -> Path:
     """Write final/: the student as a Hugging Face folder for `from_pretrained`. Called by all ranks.
 
-    Raises:
-        RunStopped: the folder could not be written.
+    Raises RunStopped if the folder cannot be written.
     """
     state, names = accelerator.get_state_dict(student), _unique_names(student)  # complete tensors, on rank 0
     model, dtype = accelerator.unwrap_model(student).model, getattr(torch, config.export_dtype)

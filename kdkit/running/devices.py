@@ -1,7 +1,4 @@
-"""Start accelerate on one CPU, one GPU or many processes, and check that it runs what the launcher asked for.
-
-accelerate does the work. This module adds FSDP on CPU processes, so that sharding can be taught and tested on a laptop.
-"""
+"""Start accelerate, also with FSDP on CPU processes, and check that it runs what the launcher asked for."""
 
 import gc
 import os
@@ -16,8 +13,7 @@ from kdkit.config import UsageError
 def start_accelerator() -> Accelerator:
     """Start accelerate in this process, with bf16 mixed precision unless its configuration says otherwise.
 
-    Raises:
-        UsageError: the launcher asked for something that kdkit does not support, or that is not what is running.
+    Raises a UsageError if the launcher asked for something that kdkit does not support, or that is not running.
     """
     asked_processes, asked_fsdp = int(os.environ.get("WORLD_SIZE", "1")), parse_flag_from_env("ACCELERATE_USE_FSDP")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -53,10 +49,9 @@ def start_accelerator() -> Accelerator:
 
 
 def _start_cpu_processes(fsdp: bool) -> None:
-    """Join the CPU processes of the launcher into one gloo group.
+    """Join the CPU processes of the launcher into one gloo group; for FSDP, report it as MULTI_GPU.
 
-    accelerate 1.15 enables FSDP only for GPU-like devices, and leaves CPU processes of an FSDP configuration without a
-    group. We start the group ourselves and report it as MULTI_GPU. `start_accelerator` checks the result.
+    accelerate 1.15 enables FSDP only for GPU-like devices, and starts no group for FSDP on CPU processes.
     """
     os.environ["ACCELERATE_USE_CPU"] = "true"
     state = PartialState(cpu=True)

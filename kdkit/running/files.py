@@ -1,7 +1,4 @@
-"""Write files and folders that are complete or absent, even after a kill or a power cut.
-
-The content is written under a temporary name and synced to the disk; only then is it renamed.
-"""
+"""Write files and folders that a kill or a power cut leaves complete or absent: sync them to the disk, then rename."""
 
 import os
 import shutil
@@ -13,10 +10,8 @@ def sync(path: Path) -> None:
     if os.name == "nt":
         return  # Windows cannot sync a folder, nor a file that is open for reading only
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,13 +16,9 @@ def stop_if_not_finite(
 ) -> None:
     """Raise RunStopped on all ranks if one of `numbers` is not finite. Waits for the device once.
 
-    Each rank writes the text of its rows to not_finite_step_{step}_rank_{rank}.jsonl in the folder of the run.
-
-    Args:
-        what: what was computed, for the message: "step" or "the evaluation after step".
-        numbers: name -> float or tensor, the same on all ranks.
-        micro_batches: the batches of this rank; read only if the run stops.
-        local_losses: the losses of this rank alone, from which the message names the ranks.
+    `numbers` (name -> float or tensor) are the same on all ranks. Each rank writes the text of the rows of its
+    `micro_batches` to not_finite_step_{step}_rank_{rank}.jsonl. The message names `what` was computed ("step"), and the
+    ranks whose own `local_losses` are not finite.
     """
     if math.isfinite(sum(numbers.values())):
         return

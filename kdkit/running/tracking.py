@@ -16,14 +16,9 @@ from kdkit.running.hub import first_line
 class Tracker:
     """Writes each event as a line of metrics.jsonl, and to Weights & Biases under the same keys.
 
-    Args:
-        step: the step that the run resumes from. Events after it are removed, since those steps are repeated.
-        enabled: whether this process writes; only the main process does.
-        watch: called with each event after it is written.
-
-    Attributes:
-        history: all events so far, including those before a resumed run's checkpoint.
-        where: one line that says where the events are written.
+    A run that resumes from `step` repeats the steps after it, so their events are removed. Only the main process is
+    `enabled`. `watch` is called with each event after it is written. `history` has all events so far, also those before
+    the checkpoint of a resumed run; `where` is a line about where they are written.
     """
 
     def __init__(self, config: DistillConfig, step: int = 0, enabled: bool = True, watch: Callable | None = None):
@@ -81,6 +76,8 @@ class Tracker:
 
     def _start_wandb(self, config: DistillConfig, step: int) -> None:
         """Start a wandb run, or continue that of a resumed run, without asking a question."""
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")  # seconds
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # by default it waits forever
         import wandb
 
         offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
@@ -89,15 +86,10 @@ class Tracker:
         id_file = Path(config.output_dir) / "wandb_id.txt"
         if step == 0 or not id_file.is_file():
             write_text(id_file, secrets.token_hex(4))
-        settings = wandb.Settings(
-            silent=True,
-            init_timeout=os.environ.get("WANDB_INIT_TIMEOUT", 20),  # seconds
-            finish_timeout=os.environ.get("WANDB_FINISH_TIMEOUT", 60),  # by default it waits forever
-        )
         run = wandb.init(
             project=config.wandb_project, entity=config.wandb_entity, name=config.wandb_run_name or run_name(config),
             id=id_file.read_text().strip(), resume="allow", dir=config.output_dir, config=config.as_dict(),
-            settings=settings,
+            settings=wandb.Settings(silent=True),
         )  # fmt: skip
         for part in ("train", "eval"):
             run.define_metric(f"{part}/*", step_metric=f"{part}/step")
@@ -107,14 +99,8 @@ class Tracker:
 
 def read_metrics(path: Path) -> list[dict]:
     """The events of a metrics.jsonl file. An incomplete last line, left by a kill, is skipped."""
-    events = []
     *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
-    for number, line in enumerate(lines, start=1):
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise ValueError(f"{path}, line {number} is not JSON: the file is damaged") from None
-    return events
+    return [json.loads(line) for line in lines]
 
 
 def run_name(config: DistillConfig) -> str:
