@@ -78,7 +78,7 @@ def test_the_numbers_do_not_depend_on_the_batch_size(setting):
 def test_more_tokens_than_a_chunk_are_counted_once(setting, monkeypatch):
     config, rows, student, teacher = setting
     whole = evaluate(student, teacher, rows, config, pad_token_id=2)
-    monkeypatch.setattr("kdkit.evaluate.CHUNK", 7)
+    monkeypatch.setattr("kdkit.evaluate.CHUNK_TOKENS", 7)
     assert evaluate(student, teacher, rows, config, pad_token_id=2) == pytest.approx(whole, rel=1e-5)
 
 
