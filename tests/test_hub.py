@@ -120,7 +120,7 @@ def test_run_from_the_hub_is_cached_for_use_offline(hub, tmp_path):
         "--output_dir", str(tmp_path / "run"), env=hub,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "conversations of column messages" in done.stdout and "before   held-out CE" in done.stdout
+    assert "conversations of column messages" in done.stdout and "step 0      held-out CE" in done.stdout
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
     assert f"datasets/some/data/resolve/{COMMIT}/small/test.jsonl" in Hub.asked
 

@@ -28,8 +28,9 @@ def start_accelerator() -> Accelerator:
             raise UsageError(f"{name} is not supported: launch with a file of accelerate_configs/ (DDP or FSDP)")
     if on_cpu and asked_processes > 1:
         _start_cpu_processes(asked_fsdp)
-    one = GradientAccumulationPlugin(num_steps=1)  # train_step divides by the tokens of the step, not accelerate
-    accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_plugin=one)
+    # the training loop divides by the tokens of the step: accelerate must not divide again
+    accumulation = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_plugin=accumulation)
     is_fsdp = accelerator.distributed_type == DistributedType.FSDP
     if accelerator.num_processes != asked_processes or (asked_fsdp and not is_fsdp):
         raise UsageError(

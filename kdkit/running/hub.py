@@ -14,8 +14,7 @@ REASONS = {  # what the names of an error's classes and its text contain -> what
     "Errno 28|enough disk space": "does not fit on the disk of {cache}: make room, or set HF_HOME to a larger disk",
     "custom code": "comes with Python code of its own, which is not run: read it first, then --trust_remote_code true",
     "SafetensorError": "has a broken safetensors file ({error}): download or copy it again",
-    # TransportError: the base of the errors of httpx
-    "LocalEntryNotFoundError|ConnectionError|TransportError": (
+    "LocalEntryNotFoundError|ConnectionError|TransportError": (  # the last is raised by httpx
         "could not be loaded: it is neither a local path nor in the cache, and the hub cannot be reached (no network, "
         "or HF_HUB_OFFLINE is set): give a local path, or load it once with network access"
     ),

@@ -16,9 +16,8 @@ def stop_if_not_finite(
 ) -> None:
     """Raise RunStopped on all ranks if one of `numbers` is not finite. Waits for the device once.
 
-    `numbers` (name -> float or tensor) are the same on all ranks. Each rank writes the text of the rows of its
-    `micro_batches` to not_finite_step_{step}_rank_{rank}.jsonl. The message names `what` was computed ("step"), and the
-    ranks whose own `local_losses` are not finite.
+    `numbers` (name -> float or tensor) are the same on all ranks. Each rank writes the text of its `micro_batches` to
+    not_finite_step_{step}_rank_{rank}.jsonl. The message names the ranks whose own `local_losses` are not finite.
     """
     if math.isfinite(sum(numbers.values())):
         return
