@@ -4,19 +4,14 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from kdkit.config import DataFields, DistillConfig, UsageError, read_config
 from kdkit.data import load_rows
 from kdkit.evaluate import evaluate
 from kdkit.models import count_parameters, load_teacher, load_tokenizer
 from kdkit.running.tracking import read_metrics
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 COLUMNS = {  # heading -> key, format
     "held-out CE": ("eval/ce_loss", "{:.3f}"),
@@ -28,30 +23,21 @@ COLUMNS = {  # heading -> key, format
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: for any colour vision
 
 
-def compare(run_dirs: list[str], prompt: str | None = None, max_new_tokens: int = 40) -> str:
+def compare(run_dirs: list[str], prompt: str | None = None) -> str:
     """Evaluate finished runs on their held-out text, in fp32, and let each model continue a prompt.
 
-    Args:
-        run_dirs: folders of runs, each with `config.yaml` and `final/`.
-        prompt: the text to continue; None takes the start of a held-out document.
-        max_new_tokens: the number of tokens to write, the most likely one each time.
-
-    Returns:
-        A table and the samples, as text.
-
-    Raises:
-        UsageError: a folder without a finished run, or runs whose numbers are not of the same teacher and text.
+    The prompt is by default the start of a held-out document. Returns a table and the samples, as text. Raises a
+    UsageError if a folder has no finished run, or if the runs differ in their teacher or held-out text.
     """
     from transformers import AutoModelForCausalLM
 
-    configs = {run: _finished_run(run) for run in run_dirs}
+    configs = _read_configs(run_dirs)
     first = configs[run_dirs[0]]
-    for run, config in configs.items():
-        _check_comparable(run_dirs[0], first, run, config)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     tokenizer = load_tokenizer(first)
     _, rows = load_rows(first, tokenizer)
     prompt = prompt or tokenizer.decode(rows[0]["input_ids"][:24], skip_special_tokens=True)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     teacher = load_teacher(first.teacher_model, torch.float32, first).to(device)
 
     lines, samples = [["", "parameters", *COLUMNS]], [f"Each model continues {prompt!r}:"]
@@ -63,67 +49,53 @@ def compare(run_dirs: list[str], prompt: str | None = None, max_new_tokens: int 
         metrics = evaluate(model, teacher, rows, config, pad_token_id=tokenizer.pad_token_id)
         values = [pattern.format(metrics[key]) for key, pattern in COLUMNS.values()]
         lines.append([name, f"{count_parameters(model) / 1e6:.2f} M", *values])
-        samples.append(f"  {name}\n    {_continue(model, tokenizer, prompt, max_new_tokens)!r}")
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    table = [
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
-        for cells in (list(zip(line, widths, strict=True)) for line in lines)
-    ]
+        ids = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        written = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        samples.append(f"  {name}\n    {written!r}")
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    table = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in lines]
     return "\n".join([*table, "", *samples])
 
 
-def _finished_run(run: str) -> DistillConfig:
-    for name in ("config.yaml", "final/config.json"):
-        if not (Path(run) / name).is_file():
-            raise UsageError(f"{run} is not a finished run: it has no {name}. Train it with python -m kdkit.train")
-    return read_config(Path(run) / "config.yaml")
-
-
-def _check_comparable(first_run: str, first: DistillConfig, run: str, config: DistillConfig) -> None:
-    names = [field.name for field in dataclasses.fields(DataFields) if not field.metadata]
-    for name in ["teacher_model", *names]:
-        if getattr(config, name) != getattr(first, name):
-            raise UsageError(f"{run} has another {name} than {first_run}: their numbers cannot be compared")
+def _read_configs(run_dirs: list[str]) -> dict[str, DistillConfig]:
+    """Read the configurations of finished runs of one teacher and one held-out text."""
+    configs = {}
+    for run in run_dirs:
+        for name in ("config.yaml", "final/config.json"):
+            if not (Path(run) / name).is_file():
+                raise UsageError(f"{run} is not a finished run: it has no {name}. Train it with python -m kdkit.train")
+        configs[run] = read_config(Path(run) / "config.yaml")
+        for name in ["teacher_model", *(field.name for field in dataclasses.fields(DataFields) if not field.metadata)]:
+            if getattr(configs[run], name) != getattr(configs[run_dirs[0]], name):
+                raise UsageError(f"{run} has another {name} than {run_dirs[0]}: their numbers cannot be compared")
+    return configs
 
 
 def _kind(config: DistillConfig) -> str:
     return "CE only" if config.alpha == 1 else "distilled"
 
 
-def _continue(model: nn.Module, tokenizer, prompt: str, max_new_tokens: int) -> str:
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    ids = model.generate(
-        inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens, do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def evaluation_curves(histories: dict[str, list[dict]]) -> "Figure":
-    """Plot held-out cross-entropy and KL to the teacher against the step, for runs of one teacher.
-
-    Args:
-        histories: the name of each run -> its events, as in metrics.jsonl.
-    """
+def plot_curves(run_dirs: list[str], path: str | Path) -> None:
+    """Plot the held-out cross-entropy and KL to the teacher of each run over its steps, into a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.4, 3.6), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2)
     titles = {"eval/ce_loss": "Cross-entropy on held-out text", "eval/kl_t1": "KL(teacher || student)"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for index, (name, history) in enumerate(histories.items()):
-            events = [event for event in history if "eval/step" in event]
+        for index, (run, config) in enumerate(_read_configs(run_dirs).items()):
+            events = [event for event in read_metrics(Path(run) / "metrics.jsonl") if "eval/step" in event]
             steps, values = ([event[x] for event in events] for x in ("eval/step", key))
-            style = ("-", "--", "-.", ":")[index % 4]
-            axis.plot(steps, values, color=COLOURS[index % 6], linestyle=style, marker="o", markersize=3, label=name)
-            if index == 0 and events and key == "eval/ce_loss":
-                axis.axhline(events[-1]["eval/teacher_ce_loss"], color="#444444", linewidth=1, label="teacher")
+            style = {"color": COLOURS[index % 6], "linestyle": ("-", "--", "-.", ":")[index % 4]}
+            axis.plot(steps, values, **style, marker="o", markersize=3, label=f"{_kind(config)}: {run}")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.set(xlabel="optimizer step", ylabel="nats per token", title=title)
-    axes[1].set_ylim(bottom=0)
+    # of the last run drawn: the teacher is the same for all
+    axes[0].axhline(events[-1]["eval/teacher_ce_loss"], color="#444444", linewidth=1, label="teacher")
     axes[0].legend(frameon=False)
-    return figure
+    axes[1].set_ylim(bottom=0)
+    figure.savefig(path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -133,13 +105,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", help="the text that each model continues; by default the start of a document")
     parser.add_argument("--figure", help="the PNG file for the curves; by default curves.png in the last run")
     arguments = parser.parse_args(argv)
-    figure = arguments.figure or str(Path(arguments.runs[-1]) / "curves.png")
+    figure = arguments.figure or Path(arguments.runs[-1]) / "curves.png"
     try:
         print(compare(arguments.runs, arguments.prompt))
     except UsageError as error:
         sys.exit(f"kdkit: {error}")
-    names = [f"{_kind(read_config(Path(run) / 'config.yaml'))}: {run}" for run in arguments.runs]
-    histories = [read_metrics(Path(run) / "metrics.jsonl") for run in arguments.runs]
-    evaluation_curves(dict(zip(names, histories, strict=True))).savefig(figure)
+    plot_curves(arguments.runs, figure)
     print(f"\nThe curves: {figure}")
     print(f"A folder for AutoModelForCausalLM.from_pretrained: {Path(arguments.runs[-1]) / 'final'}")

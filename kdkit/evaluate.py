@@ -23,19 +23,13 @@ CHUNK_TOKENS = 1024  # tokens whose logits exist at once
 
 
 def metric_sums(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
-    labels: Tensor,
-    config: DistillConfig,
-    vocab_size: int | None = None,
-) -> Tensor:
+    student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, labels: Tensor,
+    config: DistillConfig, vocab_size: int | None = None,
+) -> Tensor:  # fmt: skip
     """Sum the metrics over the tokens in the loss, so that the sums of batches and ranks can be added.
 
     Args:
         student_hidden, student_head, teacher_hidden, teacher_head, labels: as in `kdkit.losses.dense_kd_loss`.
-        config: for the divergence and its temperature.
         vocab_size: the rows of both heads to use; None uses those of the narrower head.
 
     Returns:
@@ -82,25 +76,17 @@ def evaluation_batches(
 
 @torch.no_grad()
 def evaluate(
-    student: nn.Module,
-    teacher: nn.Module | Callable,
-    rows: Sequence[dict],
-    config: DistillConfig,
-    *,
-    pad_token_id: int,
-    vocab_size: int | None = None,
-    accelerator: Accelerator | None = None,
-) -> dict[str, float]:
+    student: nn.Module, teacher: nn.Module | Callable, rows: Sequence[dict], config: DistillConfig, *,
+    pad_token_id: int, vocab_size: int | None = None, accelerator: Accelerator | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Evaluate a student on held-out rows, in nats per token. Each row counts once, over all ranks.
 
     The numbers do not depend on the batch size or the number of ranks. The student's mode (train or eval) is restored.
 
     Args:
         student, teacher: transformers causal language models, or what `train` makes of them.
-        rows: from `kdkit.data.load_rows`.
-        config: for the loss and the batch size.
         pad_token_id: any id; padding is not in the loss.
-        vocab_size: the rows of both heads to use; None uses those of the narrower head.
+        vocab_size: as in `metric_sums`.
         accelerator: of a run on several ranks.
 
     Returns:
@@ -134,7 +120,7 @@ def evaluate(
 
 
 def describe_metrics(metrics: dict[str, float], step: int) -> str:
-    """One line with the result of an evaluation after `step` steps; before the first step, a warning where due."""
+    """Describe an evaluation after `step` steps in one line; before the first step, add a warning where it is due."""
     teacher, student = metrics["eval/teacher_ce_loss"], metrics["eval/ce_loss"]
     line = (
         f"step {step:<6} held-out CE: student {student:.3f}, teacher {teacher:.3f}; KL {metrics['eval/kl_t1']:.3f}, "

@@ -1,14 +1,11 @@
-"""Start accelerate on one CPU, one GPU or many processes, and check that it runs what the launcher asked for.
-
-accelerate does the work. This module adds FSDP on CPU processes, so that sharding can be taught and tested on a laptop.
-"""
+"""Start accelerate, also with FSDP on CPU processes, and check that it runs what the launcher asked for."""
 
 import gc
 import os
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env
 
 from kdkit.config import UsageError
 
@@ -16,37 +13,35 @@ from kdkit.config import UsageError
 def start_accelerator() -> Accelerator:
     """Start accelerate in this process, with bf16 mixed precision unless its configuration says otherwise.
 
-    Raises:
-        UsageError: the launcher asked for several processes or for FSDP, but something else is running.
+    Raises a UsageError if the launcher asked for something that kdkit does not support, or that is not running.
     """
-    asked_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    asked_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    asked_processes, asked_fsdp = int(os.environ.get("WORLD_SIZE", "1")), parse_flag_from_env("ACCELERATE_USE_FSDP")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     on_cpu = device is None or device.type == "mps"  # Apple's GPU cannot join a process group
-    if on_cpu and asked_processes > 1:
-        _start_cpu_processes(asked_fsdp)
     # bf16 is slower than fp32 on a CPU without wide vector instructions
     slow_bf16 = on_cpu and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-    accelerator = Accelerator(
-        mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", "no" if slow_bf16 else "bf16"),
-        # the training loop divides by the tokens of the step: accelerate must not divide again
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-    )
-    if accelerator.num_processes != asked_processes:
-        raise UsageError(
-            f"the launcher started {asked_processes} processes, but each runs alone ({accelerator.distributed_type}): "
-            "on GPUs, check that each process has one; on CPUs, use accelerate_configs/fsdp_cpu.yaml"
-        )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no" if slow_bf16 else "bf16")
+    if precision not in ("bf16", "no"):  # fp16 multiplies the gradients by a factor, with which they would be clipped
+        raise UsageError(f"mixed_precision is {precision}, expected bf16 or no: set it in accelerate's configuration")
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise UsageError(f"{name} is not supported: launch with a file of accelerate_configs/ (DDP or FSDP)")
+    if on_cpu and asked_processes > 1:
+        _start_cpu_processes(asked_fsdp)
+    # the training loop divides by the tokens of the step: accelerate must not divide again
+    accumulation = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_plugin=accumulation)
     is_fsdp = accelerator.distributed_type == DistributedType.FSDP
-    if asked_fsdp and not is_fsdp:
+    if accelerator.num_processes != asked_processes or (asked_fsdp and not is_fsdp):
         raise UsageError(
-            f"FSDP was asked for, but {accelerator.distributed_type} on {accelerator.num_processes} process(es) is "
-            "running: launch at least two processes (num_processes), or use accelerate_configs/single.yaml"
+            f"the launcher asked for {asked_processes} process(es){' with FSDP' if asked_fsdp else ''}, but "
+            f"{accelerator.distributed_type} with {accelerator.num_processes} is running: each process needs a GPU of "
+            "its own, and FSDP at least two processes; on CPUs, use accelerate_configs/fsdp_cpu.yaml or single.yaml"
         )
     plugin = accelerator.state.fsdp_plugin if is_fsdp else None
     if plugin and plugin.fsdp_version != 2:
         raise UsageError(f"fsdp_version is {plugin.fsdp_version}, expected 2: set it in accelerate's configuration")
-    if plugin and accelerator.mixed_precision == "bf16":  # by default accelerate sums gradients over ranks in bf16
+    if plugin and precision == "bf16":  # by default accelerate sums gradients over ranks in bf16
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
@@ -54,10 +49,9 @@ def start_accelerator() -> Accelerator:
 
 
 def _start_cpu_processes(fsdp: bool) -> None:
-    """Join the CPU processes of the launcher into one gloo group.
+    """Join the CPU processes of the launcher into one gloo group; for FSDP, report it as MULTI_GPU.
 
-    accelerate 1.15 enables FSDP only for GPU-like devices, and with an FSDP configuration it leaves CPU processes
-    without a group. We start the group ourselves and report it as MULTI_GPU. `start_accelerator` checks the result.
+    accelerate 1.15 enables FSDP only for GPU-like devices, and starts no group for FSDP on CPU processes.
     """
     os.environ["ACCELERATE_USE_CPU"] = "true"
     state = PartialState(cpu=True)
@@ -67,12 +61,8 @@ def _start_cpu_processes(fsdp: bool) -> None:
 
 
 def leave_processes() -> None:
-    """Leave the process group at the end of a program.
-
-    A DDP model that is destroyed after its group deadlocks with gloo: the thread of the group waits for the
-    interpreter, which waits for the thread. Models without references are therefore collected first.
-    """
-    gc.collect()
+    """Leave the process group at the end of a program."""
+    gc.collect()  # with gloo, a DDP model that is destroyed after its group waits forever for the group's thread
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -1,7 +1,4 @@
-"""Write files and folders that are complete or absent, even after a kill or a power cut.
-
-The content is written under a temporary name and synced to the disk; only then is it renamed.
-"""
+"""Write files and folders that a kill or a power cut leaves complete or absent: sync them to the disk, then rename."""
 
 import os
 import shutil
@@ -13,10 +10,8 @@ def sync(path: Path) -> None:
     if os.name == "nt":
         return  # Windows cannot sync a folder, nor a file that is open for reading only
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -29,37 +24,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Sync a folder to the disk, then rename it. A folder that already has the final name is removed.
-
-    safetensors creates files that only their owner can read (mode 0600). All files get the permissions of the folder,
-    which follow the umask.
-    """
+    """Sync a folder to the disk, then rename it. A folder that already has the final name is removed."""
     permissions = temporary.stat().st_mode & 0o666
-    for path in temporary.rglob("*"):
+    for path in [*temporary.rglob("*"), temporary]:
         if path.is_file():
-            path.chmod(permissions)
+            path.chmod(permissions)  # those of the umask: safetensors creates files that only their owner can read
         sync(path)
-    sync(temporary)
-    replaced = _hide(final)
+    remove(final)
     os.rename(temporary, final)
     sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder. It is renamed first, so that a kill leaves no incomplete folder under its name."""
-    shutil.rmtree(_hide(folder))
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary folders that a killed process left in a folder."""
-    for leftover in [*folder.glob(".writing_*"), *folder.glob(".removing_*")]:
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _hide(folder: Path) -> Path:
+    """Remove a folder if it exists. It is renamed first, so that a kill leaves no incomplete folder under its name."""
     hidden = folder.with_name(f".removing_{folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     if folder.exists():
         os.rename(folder, hidden)
-    return hidden
+        shutil.rmtree(hidden, ignore_errors=True)

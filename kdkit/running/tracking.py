@@ -1,48 +1,40 @@
 """Log metrics: to metrics.jsonl always, and to Weights & Biases if it is installed and usable."""
 
-import importlib.util
 import json
 import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from kdkit.config import DistillConfig, RunStopped
 from kdkit.running.files import write_text
 from kdkit.running.hub import first_line
-
-WANDB_ID = "wandb_id.txt"
 
 
 class Tracker:
     """Writes each event as a line of metrics.jsonl, and to Weights & Biases under the same keys.
 
-    Attributes:
-        history: all events so far, including those before a resumed run's checkpoint.
-        where: one line that says where the events are written.
+    A run that resumes from `step` repeats the steps after it, so their events are removed. Only the main process is
+    `enabled`. `watch` is called with each event after it is written. `history` has all events so far, also those before
+    the checkpoint of a resumed run; `where` is a line about where they are written.
     """
 
     def __init__(self, config: DistillConfig, step: int = 0, enabled: bool = True, watch: Callable | None = None):
-        """Open the log of a run.
-
-        Args:
-            config: the run.
-            step: the step that the run resumes from. Events after it are removed, since those steps are repeated.
-            enabled: whether this process writes; only the main process does.
-            watch: called with each event after it is written.
-        """
         self.history: list[dict] = []
         self.where = ""
         self._watch, self._file, self._wandb = watch, None, None
         if not enabled:
             return
         path = Path(config.output_dir) / "metrics.jsonl"
-        # a run that starts at step 0 repeats the evaluation of step 0, too
-        self.history = [event for event in read_metrics(path) if step and event_step(event) <= step]
+        events = read_metrics(path) if step else []  # a run that starts at step 0 repeats the evaluation of step 0, too
+        self.history = [event for event in events if event.get("train/step", event.get("eval/step")) <= step]
         write_text(path, "".join(json.dumps(event) + "\n" for event in self.history))
         self._file = path.open("a", encoding="utf-8")
-        self._wandb, where = _start_wandb(config)
-        self.where = f"metrics  {path}{where}"
+        self.where = f"metrics  {path}"
+        if config.use_wandb:
+            self._call_wandb(self._start_wandb, config, step)
 
     def log_training(self, *, step: int, epoch: float, **metrics: float) -> None:
         """Log a step: losses summed over micro-batches and ranks, the norm of the gradient before clipping, ..."""
@@ -60,11 +52,10 @@ class Tracker:
                 self._file.write(json.dumps(event) + "\n")
                 self._file.flush()
             except OSError as error:
-                raise RunStopped(
-                    f"{self._file.name} cannot be written ({error.strerror}). Make room and run the same command "
-                    "again: it resumes from the newest checkpoint"
-                ) from error
-        self._call_wandb("log", event)
+                remedy = "make room and run the same command again: it resumes from the newest checkpoint"
+                raise RunStopped(f"{self._file.name} cannot be written ({error.strerror}): {remedy}") from error
+        if self._wandb:
+            self._call_wandb(self._wandb.log, event)
         if self._watch:
             self._watch(event)
 
@@ -72,35 +63,44 @@ class Tracker:
         """Close the file and the wandb run."""
         if self._file:
             self._file.close()
-        self._call_wandb("finish")
+        if self._wandb:
+            self._call_wandb(self._wandb.finish)
 
-    def _call_wandb(self, method: str, *arguments) -> None:
-        """Call a method of the wandb run. After the first error wandb is no longer used; the training continues."""
-        if self._wandb is None:
-            return
+    def _call_wandb(self, function: Callable, *arguments) -> None:
+        """Call a function that uses wandb. After its first error wandb is not used any more; the run continues."""
         try:
-            getattr(self._wandb, method)(*arguments)
+            function(*arguments)
         except Exception as error:  # any: its process, the server or the disk may have failed
             self._wandb = None
-            print(f"\nnote     Weights & Biases failed ({first_line(error)}); the run continues with {self._file.name}")
+            tqdm.write(f"note     not to Weights & Biases: {first_line(error)} (--use_wandb false turns it off)")
 
+    def _start_wandb(self, config: DistillConfig, step: int) -> None:
+        """Start a wandb run, or continue that of a resumed run, without asking a question."""
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "20")  # seconds
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # by default it waits forever
+        import wandb
 
-def event_step(event: dict) -> int:
-    """The optimizer step of an event."""
-    return event.get("train/step", event.get("eval/step"))
+        offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+        if not offline and not wandb.login(prompt=False, verify=False):
+            raise RuntimeError("not logged in (run `wandb login`, or set WANDB_MODE=offline)")
+        id_file = Path(config.output_dir) / "wandb_id.txt"
+        if step == 0 or not id_file.is_file():
+            write_text(id_file, secrets.token_hex(4))
+        run = wandb.init(
+            project=config.wandb_project, entity=config.wandb_entity, name=config.wandb_run_name or run_name(config),
+            id=id_file.read_text().strip(), resume="allow", dir=config.output_dir, config=config.as_dict(),
+            settings=wandb.Settings(silent=True),
+        )  # fmt: skip
+        for part in ("train", "eval"):
+            run.define_metric(f"{part}/*", step_metric=f"{part}/step")
+        self._wandb = run
+        self.where += f" and Weights & Biases ({run.url or 'offline, ' + run.dir})"
 
 
 def read_metrics(path: Path) -> list[dict]:
     """The events of a metrics.jsonl file. An incomplete last line, left by a kill, is skipped."""
-    events = []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number} is not JSON: the file is damaged") from None
-    return events
+    *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
+    return [json.loads(line) for line in lines]
 
 
 def run_name(config: DistillConfig) -> str:
@@ -109,39 +109,3 @@ def run_name(config: DistillConfig) -> str:
     student = student if config.student_layers is None else f"{teacher}-layers"
     loss = "ce" if config.alpha == 1 else f"{config.divergence}-alpha{config.alpha:g}-T{config.temperature:g}"
     return f"{teacher}-to-{student}-{loss}-seed{config.seed}"
-
-
-def _start_wandb(config: DistillConfig):
-    """Start a wandb run: (run or None, what to print about it). Never asks a question, never stops the training."""
-    if not config.use_wandb:
-        return None, ""
-    if importlib.util.find_spec("wandb") is None:
-        return None, " (not to Weights & Biases: wandb is not installed; pip install wandb, or --use_wandb false)"
-    id_file = Path(config.output_dir) / WANDB_ID  # a resumed run continues under the same id
-    try:
-        import wandb
-
-        offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
-        if not offline and not wandb.login(prompt=False, verify=False):
-            return None, " (not to Weights & Biases: not logged in; run `wandb login`, or set WANDB_MODE=offline)"
-        if not id_file.is_file():
-            write_text(id_file, secrets.token_hex(4))
-        run = wandb.init(
-            project=config.wandb_project,
-            entity=config.wandb_entity,
-            name=config.wandb_run_name or run_name(config),
-            id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow",
-            dir=config.output_dir,
-            config=config.as_dict(),
-            settings=wandb.Settings(
-                silent=True,
-                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 20)),
-                finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", 60)),  # the default waits forever
-            ),
-        )
-        for part in ("train", "eval"):
-            run.define_metric(f"{part}/*", step_metric=f"{part}/step")
-    except Exception as error:  # any, as in `Tracker._call_wandb`
-        return None, f" (not to Weights & Biases: {first_line(error)})"
-    return run, f" and Weights & Biases ({run.url or 'offline, ' + run.dir})"
