@@ -18,7 +18,7 @@ import yaml
 
 
 class UsageError(ValueError):
-    """A mistake of the user. Shown as one line that names the value and the remedy, without a traceback."""
+    """A mistake of the user, shown as one line that names the value and the remedy, without a traceback."""
 
 
 class RunStopped(RuntimeError):
@@ -245,9 +245,9 @@ FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
 REMOVED = {  # fields of earlier versions: the default they had, and what replaces them
     "group_by_length": (False, "packing: true leaves little padding, too"),
     "on_failed_save": ("stop", "a run stops if a checkpoint cannot be written, and keeps the earlier ones"),
-    "teacher_revision": (None, "write teacher_model: id@revision"),
-    "student_revision": (None, "write student_model: id@revision"),
-    "dataset_revision": (None, "write dataset: id@revision"),
+    **dict.fromkeys(
+        ("teacher_revision", "student_revision", "dataset_revision"), (None, "write the id as id@revision")
+    ),
 }
 
 

@@ -112,17 +112,9 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
     (1 - beta) * q * (log(q / m) - KL(q || m)) / T. Agarwal et al. 2023, GKD (arXiv:2306.13649), section 2.
 
     The JSD tends to 0 as beta tends to 0 or 1; only its ratio to beta tends to KL(p || q), and its ratio to 1 - beta to
-    KL(q || p). Some libraries return those KLs at beta = 0 and 1, which is a jump. Here both ends are refused.
+    KL(q || p). Some libraries return those KLs at beta = 0 and 1, which is a jump. Here both ends raise a ValueError.
 
-    Args:
-        student_logits, teacher_logits, temperature: as in `forward_kl`.
-        beta: weight of the teacher in m, in (0, 1).
-
-    Returns:
-        (...), nats per token; not masked, not multiplied by T^2.
-
-    Raises:
-        ValueError: beta outside (0, 1).
+    Args and Returns as in `forward_kl`; `beta` in (0, 1) is the weight of the teacher in m.
     """
     if not 0.0 < beta < 1.0:
         raise ValueError(f"beta is {beta}, expected 0 < beta < 1 (at the ends use forward_kl or reverse_kl)")
@@ -138,15 +130,8 @@ def skew_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
     Range [0, -log skew]; 0 if p = q; equal to forward KL at skew = 0. Gradient, with r = (1 - skew) p q / m:
     (q * sum(r) - r) / T. Ko et al. 2024, DistiLLM (arXiv:2402.03898), equation 4 (their alpha is `skew`).
 
-    Args:
-        student_logits, teacher_logits, temperature: as in `forward_kl`.
-        skew: weight of the teacher in m, in [0, 1).
-
-    Returns:
-        (...), nats per token; not masked, not multiplied by T^2.
-
-    Raises:
-        ValueError: skew outside [0, 1); at 1 the student would not be part of it.
+    Args and Returns as in `forward_kl`; `skew` in [0, 1) is the weight of the teacher in m. At 1, where the student
+    would not be part of it, it raises a ValueError.
     """
     if not 0.0 <= skew < 1.0:
         raise ValueError(f"skew is {skew}, expected 0 <= skew < 1 (0.1 is usual)")
@@ -163,7 +148,7 @@ def skew_reverse_kl(
 
     Range [0, -log skew]; 0 if p = q; equal to reverse KL at skew = 0. Gradient, with d = log(q / m) and
     g = q * (d - skew q / m): (g - q * sum(g)) / T. Ko et al. 2024, DistiLLM (arXiv:2402.03898), section 3.1.
-    Args, Returns and Raises as in `skew_kl`.
+    Arguments as in `skew_kl`; `skew` is the weight of the student in m.
     """
     return skew_kl(teacher_logits, student_logits, temperature, skew=skew)
 
