@@ -245,9 +245,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
 REMOVED = {  # fields of earlier versions: the default they had, and what replaces them
     "group_by_length": (False, "packing: true leaves little padding, too"),
     "on_failed_save": ("stop", "a run stops if a checkpoint cannot be written, and keeps the earlier ones"),
-    **dict.fromkeys(
-        ("teacher_revision", "student_revision", "dataset_revision"), (None, "write the id as id@revision")
-    ),
+    **dict.fromkeys(("teacher_revision", "student_revision", "dataset_revision"), (None, "write id@revision")),
 }
 
 

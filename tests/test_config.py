@@ -154,7 +154,7 @@ def test_the_command_prints_the_folder_of_the_accelerate_configurations():
 
 def test_a_file_with_a_removed_field_is_accepted_at_its_default_and_else_names_the_replacement(tmp_path):
     read_config(write(tmp_path / "r.yaml", "group_by_length: false\non_failed_save: stop\nteacher_revision: null"))
-    with pytest.raises(UsageError, match=r"teacher_revision, which was removed: write the id as id@revision"):
+    with pytest.raises(UsageError, match=r"teacher_revision, which was removed: write id@revision"):
         read_config(write(tmp_path / "r.yaml", "teacher_revision: v2"))
 
 
