@@ -201,7 +201,7 @@ def _write(file: Path, source: Source, config: DistillConfig, tokenizer) -> None
 
     counts = Counter()
     limit = (config.max_train_tokens if source.part == "train" else config.max_eval_tokens) or math.inf
-    made = tokenize(documents_of(source), tokenizer, config.max_length, config.truncation_mode, config.num_proc)
+    made = tokenize(documents_of(source), config.num_proc, tokenizer, config.max_length, config.truncation_mode)
 
     def counted() -> Iterator[dict]:
         for rows, too_long in tqdm(made, f"tokenise {source.name}", unit=" samples", delay=2):

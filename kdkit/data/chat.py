@@ -23,22 +23,14 @@ from kdkit.data.sources import Document
 from kdkit.losses import IGNORE_INDEX
 
 BLOCK = 200  # documents that are tokenised together
-SECONDS_ALONE = 1.0  # how long one process tokenises before it starts others
+SECONDS_ALONE = 1.0  # how long one process tokenises before it starts others: small data is done by then
 
 
-def tokenize(
-    documents: Iterable[Document], tokenizer, max_length: int, truncation_mode: str | None, num_proc: int | None = 1
-) -> Iterator[tuple[list[dict], bool]]:
-    """Yield what `make_rows` makes of each document, in order.
-
-    Args:
-        documents, tokenizer, max_length, truncation_mode: see `make_rows`.
-        num_proc: the number of processes that are started after SECONDS_ALONE. Smaller data is done before that.
-    """
+def tokenize(documents: Iterable[Document], num_proc: int | None, *job) -> Iterator[tuple[list[dict], bool]]:
+    """Yield what `make_rows(documents, *job)` makes of each document, in order, with `num_proc` processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_proc, start, documents = num_proc or max(cores - 1, 1), time.monotonic(), iter(documents)
     blocks = iter(lambda: list(itertools.islice(documents, BLOCK)), [])
-    job = (tokenizer, max_length, truncation_mode)
     for block in blocks:
         yield from make_rows(block, *job)
         if num_proc > 1 and time.monotonic() - start >= SECONDS_ALONE:
@@ -48,41 +40,33 @@ def tokenize(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     # A fork imports nothing and copies no tokenizer. It is safe, since these processes do not use torch or its threads.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool, pending = ProcessPoolExecutor(num_proc, context, _set_job, job), deque()
-    try:
-        for block in blocks:
-            pending.append(pool.submit(_do_job, block))
-            if len(pending) == 4 * num_proc:  # limits the memory, and what is tokenised in vain
-                yield from pending.popleft().result()
+    with ProcessPoolExecutor(num_proc, context, _start_process, job) as pool:
+        submitted = (pool.submit(_make_rows, block) for block in blocks)
+        pending = deque(itertools.islice(submitted, 4 * num_proc))  # limits memory, and what is tokenised in vain
         while pending:
             yield from pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+            pending.extend(itertools.islice(submitted, 1))
 
 
-_job = ()  # in a process that tokenises: the arguments of `make_rows`
-
-
-def _set_job(*job) -> None:
+def _start_process(*job) -> None:
     global _job
     _job = job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one after Ctrl-C
-    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+    def end_with_main_process() -> None:  # if that is killed: a forked process also holds the lock of the cache
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_main_process, daemon=True).start()
 
 
-def _end_with_main_process() -> None:
-    """Wait until the main process is killed, and end, since a forked process still holds the lock of the cache."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _do_job(block: list[Document]) -> list[tuple[list[dict], bool]]:
-    return list(make_rows(block, *_job))
+def _make_rows(block: list[Document]) -> list[tuple[list[dict], bool]]:
+    return make_rows(block, *_job)
 
 
 def make_rows(
     documents: list[Document], tokenizer, max_length: int, truncation_mode: str | None = None
-) -> Iterator[tuple[list[dict], bool]]:
+) -> list[tuple[list[dict], bool]]:
     """Tokenise documents, shift their tokens by one, and cut what is longer than `max_length`.
 
     The tokens of a text are those that the tokenizer gives, special ones included, and its end-of-text token. The
@@ -90,42 +74,40 @@ def make_rows(
     so n tokens give n - 1 pairs. Where a document is split, the last label of a piece is the first input of the next
     one, so no label is lost.
 
-    Args:
-        documents: texts and conversations, tokenised together.
-        tokenizer: needs a chat template for conversations.
-        max_length: the most tokens of a row.
-        truncation_mode: what is done with a longer document, as in the configuration.
-
-    Yields:
+    Returns:
         For each document its rows, as int32 arrays, and whether it was longer than max_length. A document without a
         token to learn has no rows.
     """
     texts = _tokenize_texts([document.text for document in documents if document.messages is None], tokenizer)
     chats = tokenize_conversations([document for document in documents if document.turns], tokenizer)
+    made = []
     for document in documents:
-        if document.messages is not None and not document.turns:
-            yield [], False
-            continue
-        ids, learned = next(texts if document.messages is None else chats)
+        is_text = document.messages is None
+        if is_text:
+            ids, learned = next(texts)
+        else:
+            ids, learned = next(chats) if document.turns else ([], [])
         ids = np.array(ids, dtype=np.int32)
         labels = np.full_like(ids, IGNORE_INDEX)
         for tokens in learned:
             labels[tokens.start : tokens.stop] = ids[tokens.start : tokens.stop]
-        row = {"input_ids": ids[:-1], "labels": labels[1:]}  # the causal shift
-        row["position_ids"] = np.arange(len(row["labels"]), dtype=np.int32)
-        rows, too_long = [row], len(row["labels"]) > max_length
+        inputs, labels = ids[:-1], labels[1:]  # the causal shift
+        too_long, starts = len(inputs) > max_length, [0]
         if too_long:
-            mode = truncation_mode or ("split" if document.messages is None else "keep_start")
-            pieces = {
-                "split": [slice(start, start + max_length) for start in range(0, len(row["labels"]), max_length)],
-                "keep_start": [slice(max_length)],
-                "keep_end": [slice(-max_length, None)],
+            starts = {
+                "split": range(0, len(inputs), max_length),
+                "keep_start": [0],
+                "keep_end": [len(inputs) - max_length],
                 "drop": [],
-            }[mode]
-            rows = [{key: values[piece] for key, values in row.items()} for piece in pieces]
-            for row in rows:
-                row["position_ids"] = row["position_ids"] - row["position_ids"][0]
-        yield [row for row in rows if (row["labels"] != IGNORE_INDEX).any()], too_long
+            }[truncation_mode or ("split" if is_text else "keep_start")]
+        rows = []
+        for start in starts:
+            piece = slice(start, start + max_length)
+            if (labels[piece] != IGNORE_INDEX).any():
+                positions = np.arange(len(inputs[piece]), dtype=np.int32)
+                rows.append({"input_ids": inputs[piece], "labels": labels[piece], "position_ids": positions})
+        made.append((rows, too_long))
+    return made
 
 
 def _tokenize_texts(texts: list[str], tokenizer) -> Iterator[tuple[list[int], list[range]]]:
@@ -165,90 +147,74 @@ def tokenize_conversations(documents: list[Document], tokenizer) -> Iterator[tup
     Raises:
         UsageError: the template refuses a conversation, or renders a turn differently when others follow.
     """
-    complete = [(document, len(document.messages)) for document in documents]
-    if documents and re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
-        tokenized = _render(tokenizer, complete, tokenize=True, return_assistant_tokens_mask=True)
-        special = set(tokenizer.added_tokens_decoder)
-        for document, ids, mask in zip(documents, tokenized["input_ids"], tokenized["assistant_masks"], strict=True):
-            edges = np.flatnonzero(np.diff([0, *mask, 0])).tolist()
-            skipped = sum(message["role"] == "assistant" for message in document.messages[: document.learn_from])
-            marked = list(zip(edges[::2], edges[1::2], strict=True))[skipped:]
-            # some templates leave the token that ends the turn outside of the mark
-            ended = [s < len(ids) and ids[s] in special and ids[s - 1] not in special for _, s in marked]
-            yield ids, [range(start, stop + end) for (start, stop), end in zip(marked, ended, strict=True)]
+    if not documents:
         return
-    texts = _render(tokenizer, complete)
-    # each turn is rendered with its header, and up to its end; what is the complete text is not rendered again
-    turns = [(document, turn) for document in documents for turn in document.turns]
-    prompts = iter(
-        _render(tokenizer, [(document, turn) for document, turn in turns if turn], add_generation_prompt=True)
-    )
-    untils = iter(_render(tokenizer, [(d, turn + 1) for d, turn in turns if turn + 1 < len(d.messages)]))
-    endings = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip())
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False) if texts else None
-    for index, (document, text) in enumerate(zip(documents, texts, strict=True)):
+    special = tokenizer.added_tokens_decoder
+    if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
+        yield from (_marked_turns(document, tokenizer, special) for document in documents)
+        return
+    endings = tuple(str(token) for token in special.values() if str(token).strip())
+    texts = [_render(document, len(document.messages), tokenizer) for document in documents]
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    for document, text, encoding in zip(documents, texts, encoded.encodings, strict=True):
+        starts, ends = np.array(encoding.offsets).reshape(-1, 2).T  # the characters of each token
         learned = []
         for turn in document.turns:
-            prompt = next(prompts) if turn else ""
-            until = next(untils) if turn + 1 < len(document.messages) else text
-            start, end = _span(tokenizer, document, turn, text, prompt, until, endings)
-            learned.append(_tokens(encoded.encodings[index], start, end))
-        yield encoded["input_ids"][index], learned
+            start, end = _find_turn(document, turn, text, tokenizer, endings)
+            learned.append(range(ends.searchsorted(start, "right"), starts.searchsorted(end)))  # all that overlap
+        yield encoding.ids, learned
 
 
-def _span(tokenizer, document: Document, turn: int, text: str, prompt: str, until: str, endings) -> tuple[int, int]:
-    """Return the characters (start, end) of a rendered conversation, `text`, that the assistant writes in a turn.
+def _marked_turns(document: Document, tokenizer, special: dict) -> tuple[list[int], list[range]]:
+    encoded = _render(
+        document, len(document.messages), tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids = encoded["input_ids"]
+    edges = np.flatnonzero(np.diff([0, *encoded["assistant_masks"], 0])).tolist()
+    skipped = sum(message["role"] == "assistant" for message in document.messages[: document.learn_from])
+    learned = []
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        # some templates leave the token that ends the turn outside of the mark
+        unended = stop < len(ids) and ids[stop] in special and ids[stop - 1] not in special
+        learned.append(range(start, stop + unended))
+    return ids, learned[skipped:]
 
-    `prompt` is the text before the turn with the header of the turn (the generation prompt), `until` the text up to
-    the end of the turn. The turn ends with one of the tokens `endings`.
-    """
-    where, content = f"row {document.row + 1}", document.messages[turn]["content"].strip()
+
+def _find_turn(document: Document, turn: int, text: str, tokenizer, endings: tuple) -> tuple[int, int]:
+    """Return the characters (start, end) of a rendered conversation, `text`, that the assistant writes in a turn."""
+    prompt = _render(document, turn, tokenizer, add_generation_prompt=True)  # with the header of the turn
+    until = _render(document, turn + 1, tokenizer)
     if not (text.startswith(until) and until.startswith(prompt)):
         raise UsageError(
-            f"{where}: the chat template does not render message {turn + 1} at the end of a conversation as it does "
-            "within one, so the text that the assistant wrote is unknown: give a template that marks it with "
-            "{% generation %} (--chat_template FILE), or conversations of one turn"
+            f"row {document.row + 1}: the chat template does not render message {turn + 1} at the end of a "
+            "conversation as it does within one, so the text that the assistant wrote is unknown: give a template "
+            "that marks it with {% generation %} (--chat_template FILE), or conversations of one turn"
         )
-    start = len(prompt)
-    at = text.find(content, start, len(until))
-    # Text between prompt and content is the header if the template has no generation prompt (or adds it in any case).
-    # Otherwise the assistant writes this text, too. To render once more is only necessary if there is such a text.
-    if content and (at < 0 or text[start:at].strip()) and prompt == "".join(_render(tokenizer, [(document, turn)])):
+    start, content = len(prompt), document.messages[turn]["content"].strip()
+    # With a generation prompt, the assistant writes all that follows it. Without one (or if it is always added), what
+    # the template shows before the content is the header.
+    if content and prompt == _render(document, turn, tokenizer):
+        at = text.find(content, start, len(until))
         if at < 0:
-            raise UsageError(f"{where}: the chat template does not show the content of message {turn + 1} unchanged")
-        start = at
+            raise UsageError(
+                f"row {document.row + 1}: the chat template does not show the content of message {turn + 1} unchanged"
+            )
+        start = at if text[start:at].strip() else start
     written = until.rstrip()  # white space after the token that ends the turn belongs to the template
     return start, len(written) if written.endswith(endings) else len(until)
 
 
-def _tokens(encoding, start: int, end: int) -> range:
-    """Return the tokens that overlap the characters from `start` to `end` (exclusive)."""
-    # None: the tokenizer dropped this character
-    first = next((t for char in range(start, end) if (t := encoding.char_to_token(char)) is not None), None)
-    if first is None:
-        return range(0)
-    last = next(t for char in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(char)) is not None)
-    while last + 1 < len(encoding) and encoding.token_to_chars(last + 1)[0] < end:  # several tokens of one character
-        last += 1
-    return range(first, last + 1)
-
-
-def _render(tokenizer, beginnings: list[tuple[Document, int]], **options):
-    """Apply the chat template to the first messages of conversations: (conversation, number of messages)."""
+def _render(document: Document, number: int, tokenizer, **options):
+    """Apply the chat template to the first messages of a conversation."""
     from jinja2 import TemplateError
 
-    beginnings = [(document, number) for document, number in beginnings if number]
-    if not beginnings:
-        return []
+    messages = document.messages[:number]
+    if not messages:
+        return ""
     try:
-        messages = [document.messages[:number] for document, number in beginnings]
         return tokenizer.apply_chat_template(messages, **{"tokenize": False, **options})
     except (TemplateError, TypeError, ValueError) as error:
-        if len(beginnings) > 1:  # find the conversation
-            for beginning in beginnings:
-                _render(tokenizer, [beginning], **options)
-        document, number = beginnings[0]
         raise UsageError(
             f"row {document.row + 1}: the chat template refuses the conversation ({str(error).splitlines()[0]}): "
-            f"it has the roles {', '.join(message['role'] for message in document.messages[:number])}"
+            f"it has the roles {', '.join(message['role'] for message in messages)}"
         ) from error
