@@ -4,7 +4,6 @@ python -m kdkit.data [--config recipes/x.yaml] [--field value ...]
 """
 
 import itertools
-import os
 import sys
 from collections.abc import Iterator
 
@@ -14,35 +13,35 @@ from kdkit.losses import IGNORE_INDEX
 from kdkit.models import load_tokenizer
 
 
-def row_tokens(row: dict) -> Iterator[tuple[int, bool, bool]]:
-    """Yield for each token of a row, labels included: (id, is it in the loss, does a document start with it).
+def row_tokens(row: dict) -> Iterator[tuple[int, bool, int]]:
+    """Yield for each token of a row, labels included: (id, is it in the loss, number of the document).
 
     A token is in the loss as the label of the token before it, so the first of a document never is.
     """
+    document = 0
     for index, position in enumerate(row["position_ids"]):
         if position == 0:
-            yield row["input_ids"][index], False, True
+            document += 1
+            yield row["input_ids"][index], False, document
         if row["labels"][index] != IGNORE_INDEX:
-            yield row["labels"][index], True, False
+            yield row["labels"][index], True, document
         elif row["position_ids"][index + 1 : index + 2] not in ([], [0]):
-            yield row["input_ids"][index + 1], False, False
+            yield row["input_ids"][index + 1], False, document
 
 
-def show_row(row: dict, tokenizer, colour: bool = True) -> str:
-    """Return a row as text. What is in the loss is green, the rest grey; without colour it is [in brackets]."""
-    shown = []
-    for learned, group in itertools.groupby(row_tokens(row), key=lambda token: token[1]):
-        for number, (token, _, starts) in enumerate(group):
-            edge = "[" if learned and number == 0 and not colour else ""
-            text = tokenizer.decode([token])
-            shown.append(("\n---\n" if starts and shown else "") + edge)
-            shown.append(f"\033[{32 if learned else 90}m{text}\033[0m" if colour else text)
-        shown.append("]" if learned and not colour else "")
-    return "".join(shown)
+def show_row(row: dict, tokenizer) -> str:
+    """Return a row as text: [what is in the loss] is in brackets, and a line --- separates documents."""
+    documents = []
+    for _, tokens in itertools.groupby(row_tokens(row), key=lambda token: token[2]):
+        text = ""
+        for in_loss, run in itertools.groupby(tokens, key=lambda token: token[1]):
+            decoded = tokenizer.decode([token for token, _, _ in run])
+            text += f"[{decoded}]" if in_loss else decoded
+        documents.append(text)
+    return "\n---\n".join(documents)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `python -m kdkit.data [--config recipe.yaml] [--field value ...]`."""
     try:
         config = load_config(argv, command="python -m kdkit.data")
         tokenizer = load_tokenizer(config)
@@ -56,9 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         *describe_rows(train_rows, config),
         sep="\n",
     )
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for index in range(min(3, len(train_rows))):
-        print(f"\n=== row {index} ===\n{show_row(train_rows[index], tokenizer, colour)}")
+    for index, row in enumerate(train_rows[:3]):
+        print(f"\n=== row {index} ===\n{show_row(row, tokenizer)}")
 
 
 if __name__ == "__main__":

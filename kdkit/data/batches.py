@@ -1,5 +1,6 @@
 """Make the rows of a run (tokenise, pack, cache), and lay them out in steps and batches: B rows of S tokens."""
 
+import bisect
 import dataclasses
 import hashlib
 import json
@@ -17,12 +18,12 @@ from kdkit.config import DataFields, DistillConfig, UsageError
 from kdkit.data.chat import check_chat_template, tokenize
 from kdkit.data.sources import Source, documents_of, open_source
 from kdkit.losses import IGNORE_INDEX
-from kdkit.running.files import sync
+from kdkit.running.files import sync, write_text
 from kdkit.running.hub import explain
 
 KEYS = ("input_ids", "labels", "position_ids")
 PACK_TOKENS = 2**22  # packed together: enough to fill the rows well, and little enough for memory
-CACHE_VERSION = 2  # increase it when the same data and settings give other rows
+CACHE_VERSION = 3  # increase it when the same data and settings give other rows
 
 
 class Rows(Sequence):
@@ -40,11 +41,8 @@ class Rows(Sequence):
 
         if isinstance(rows, cls):
             return rows
-        ends = np.cumsum([0, *(len(row["input_ids"]) for row in rows)], dtype=np.int32)
-        values = {
-            key: np.concatenate([[], *(row[key] for row in rows)], dtype=np.int32, casting="unsafe") for key in KEYS
-        }
-        return cls(pa.table({key: pa.ListArray.from_arrays(ends, values[key]) for key in KEYS}))
+        kind = pa.list_(pa.int32())
+        return cls(pa.table({key: pa.array([row[key] for row in rows], kind) for key in KEYS}))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -52,24 +50,23 @@ class Rows(Sequence):
     def __getitem__(self, index: int | slice) -> dict | list[dict]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return {key: self.table.column(key)[index].values.to_numpy().tolist() for key in KEYS}
+        return {key: self.table[key][index].values.to_numpy().tolist() for key in KEYS}
 
 
 def row_lengths(rows: Sequence[dict]) -> np.ndarray:
     """Return the number of tokens of each row."""
     import pyarrow.compute as pc
 
-    return pc.list_value_length(Rows.of(rows).table.column("input_ids")).to_numpy()
+    return pc.list_value_length(Rows.of(rows).table["input_ids"]).to_numpy()
 
 
 def loss_tokens(rows: Sequence[dict]) -> np.ndarray:
     """Return the number of tokens in the loss of each row."""
-    counts = [np.empty(0, dtype=np.int64)]
-    for chunk in Rows.of(rows).table.column("labels").chunks:
-        totals = np.cumsum(np.append(0, chunk.flatten().to_numpy() != IGNORE_INDEX))
-        ends = chunk.offsets.to_numpy()
-        counts.append(np.diff(totals[ends - ends[0]]))
-    return np.concatenate(counts)
+    import pyarrow.compute as pc
+
+    lengths = row_lengths(rows)
+    in_loss = pc.not_equal(pc.list_flatten(Rows.of(rows).table["labels"]), IGNORE_INDEX).to_numpy()
+    return np.add.reduceat(in_loss, np.cumsum(lengths) - lengths, dtype=np.int64)
 
 
 def count_tokens(rows: Sequence[dict]) -> int:
@@ -81,7 +78,7 @@ def rows_digest(rows: Sequence[dict]) -> str:
     """Return a hash of the content and the order of rows."""
     digest = hashlib.sha256(row_lengths(rows).tobytes())
     for key in KEYS:
-        for chunk in Rows.of(rows).table.column(key).chunks:
+        for chunk in Rows.of(rows).table[key].chunks:
             digest.update(chunk.flatten().to_numpy())
     return digest.hexdigest()
 
@@ -92,21 +89,19 @@ def pack(rows: Sequence[dict], max_length: int) -> Rows:
     Documents stay separate: positions start at 0 in each, so that transformers (eager and sdpa attention) build a
     mask that hides the others, and no label crosses a boundary, since the shift came before.
     """
-    groups: list[list[dict]] = []
-    by_room: dict[int, list[list[dict]]] = {}  # room left -> the groups with exactly this room
-    rooms = 0  # bit r is set if a group has room r
-    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
+    groups: list[list[dict]] = []  # of rows that are joined
+    with_room: list[tuple[int, int, list[dict]]] = []  # (room left, -number of the last row, group), sorted
+    for number, row in enumerate(sorted(rows, key=lambda row: -len(row["input_ids"]))):
         length = len(row["input_ids"])
-        if fitting := rooms >> length << length:
-            room = (fitting & -fitting).bit_length() - 1  # the lowest bit: the smallest room that is large enough
-            group = by_room[room].pop()
-            rooms -= 0 if by_room[room] else 1 << room
+        best = bisect.bisect_left(with_room, (length,))  # the smallest room that is large enough
+        if best < len(with_room):
+            room, _, group = with_room.pop(best)
         else:
             room, group = max_length, []
             groups.append(group)
         group.append(row)
-        by_room.setdefault(room - length, []).append(group)
-        rooms |= 1 << (room - length)
+        if room > length:
+            bisect.insort(with_room, (room - length, -number, group))
     return Rows.of([{key: np.concatenate([row[key] for row in group]) for key in KEYS} for group in groups])
 
 
@@ -124,16 +119,17 @@ def load_rows(config: DistillConfig, tokenizer) -> tuple[Rows, Rows]:
             template, has nothing to learn, or is too small to hold a part out; the cache cannot be written.
     """
     found = []
-    for source in (open_source(config, part) for part in ("train", "eval")):
-        if source.kind != "texts":
+    for part, purpose in (("train", "to learn"), ("eval", "to evaluate on")):
+        source = open_source(config, part)
+        if source.kind == "conversations":
             check_chat_template(tokenizer, source.name)
-        rows = cached_rows(source, config, tokenizer)
+        rows = _cached_rows(source, config, tokenizer)
         if not rows:
             remedy = f", another eval_fraction (now {source.held_out:g}), or an eval_split" if source.held_out else ""
             raise UsageError(
-                f"{source.name} has nothing {'to learn' if source.part == 'train' else 'to evaluate on'}: of "
-                f"{rows.counts['samples']:,} samples, {rows.counts['dropped']:,} have no token in the loss (no "
-                f"assistant turn within max_length, or no text). Give more data{remedy}"
+                f"{source.name} has nothing {purpose}: of {rows.counts['samples']:,} samples, "
+                f"{rows.counts['dropped']:,} have no token in the loss (no assistant turn within max_length, or no "
+                f"text). Give more data{remedy}"
             )
         found.append(rows)
     return tuple(found)
@@ -143,9 +139,8 @@ def cache_file(source: Source, config: DistillConfig, tokenizer) -> Path:
     """Return the file of a source's rows. Everything that can change a row changes its name."""
     import datasets
 
+    ignored = ("eval_", "max_eval_") if source.part == "train" else ()  # tokenised once for all ways to evaluate
     fields = [field.name for field in dataclasses.fields(DataFields) if not field.metadata.get("may_change")]
-    if source.part == "train":  # tokenised once for all ways to evaluate
-        fields = [name for name in fields if not name.startswith(("eval_", "max_eval_"))]
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # each call sets these two again, so they say nothing about rows
         tokenizer.backend_tokenizer.no_padding()
@@ -154,33 +149,27 @@ def cache_file(source: Source, config: DistillConfig, tokenizer) -> Path:
         model = sorted(tokenizer.get_vocab().items())
     options = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token", "split_special_tokens")]
     key = [
-        CACHE_VERSION, source._replace(samples=None), {name: getattr(config, name) for name in fields},
+        CACHE_VERSION, source._replace(samples=None),
+        {name: getattr(config, name) for name in fields if not name.startswith(ignored)},
         type(tokenizer).__name__, model, options, tokenizer.special_tokens_map, tokenizer.chat_template,
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32] + ".arrow"
     return Path(datasets.config.HF_DATASETS_CACHE, "kdkit", name)
 
 
-def cached_rows(source: Source, config: DistillConfig, tokenizer) -> Rows:
-    """Return the rows of a source from an Arrow file, which is made first if it does not exist.
-
-    The file is complete or does not exist, also after a kill or a power failure. The counts are in it, too, with an
-    empty batch at its end.
-
-    Raises:
-        UsageError: the disk is full, or the folder is not writable.
-    """
+def _cached_rows(source: Source, config: DistillConfig, tokenizer) -> Rows:
+    """Return the rows of a source from an Arrow file, which is complete or absent, also after a power failure."""
     import pyarrow as pa
     from filelock import FileLock
 
     file = cache_file(source, config, tokenizer)
-    temporary = file.with_suffix(".writing")
+    temporary, counts = file.with_suffix(".writing"), file.with_suffix(".json")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):
             if not file.exists():
                 try:
-                    _write(temporary, source, config, tokenizer)
+                    write_text(counts, json.dumps(_write_rows(temporary, source, config, tokenizer)))
                     sync(temporary)
                     os.replace(temporary, file)
                     sync(file.parent)
@@ -188,43 +177,40 @@ def cached_rows(source: Source, config: DistillConfig, tokenizer) -> Rows:
                     temporary.unlink(missing_ok=True)
     except OSError as error:
         raise explain("the cache of", source.name, error, f"{file.parent} has to be writable") from error
-    reader = pa.ipc.open_file(pa.memory_map(str(file)))
-    *batches, (_, last) = [reader.get_batch_with_custom_metadata(i) for i in range(reader.num_record_batches)]
-    table = pa.Table.from_batches([batch for batch, _ in batches], reader.schema)
-    kind = "texts" if source.kind == "texts" else "conversations"
-    return Rows(table, json.loads(last["counts"]), f"{kind} of column {' and '.join(source.columns)}")
+    table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    return Rows(table, json.loads(counts.read_text()), f"{source.kind} of column {' and '.join(source.columns)}")
 
 
-def _write(file: Path, source: Source, config: DistillConfig, tokenizer) -> None:
+def _write_rows(file: Path, source: Source, config: DistillConfig, tokenizer) -> dict[str, int]:
+    """Write the rows of a source as Arrow, and return their counts."""
     import pyarrow as pa
     from tqdm import tqdm
 
     counts = Counter()
     limit = (config.max_train_tokens if source.part == "train" else config.max_eval_tokens) or math.inf
-    made = tokenize(documents_of(source), config.num_proc, tokenizer, config.max_length, config.truncation_mode)
+    job = (tokenizer, config.max_length, config.truncation_mode)
 
-    def counted() -> Iterator[dict]:
-        for rows, too_long in tqdm(made, f"tokenise {source.name}", unit=" samples", delay=2):
+    def made() -> Iterator[dict]:
+        samples = tokenize(documents_of(source), config.num_proc, *job)
+        for rows, too_long in tqdm(samples, f"tokenise {source.name}", unit=" samples", delay=2):
             counts.update(samples=1, too_long=too_long, dropped=not rows)
             yield from rows
 
-    rows, empty = _up_to(counted(), limit), Rows.of([]).table
-    with open(file, "wb") as sink, pa.ipc.new_file(sink, empty.schema) as writer:
-        while part := list(_up_to(rows, PACK_TOKENS)):
+    limited = _up_to(made(), limit)
+    with open(file, "wb") as sink, pa.ipc.new_file(sink, Rows.of([]).table.schema) as writer:
+        while part := list(_up_to(limited, PACK_TOKENS)):
             part = pack(part, config.max_length) if config.packing else Rows.of(part)
             counts["tokens"] += count_tokens(part)
             writer.write_table(part.table)
-        writer.write_batch(pa.RecordBatch.from_pylist([], empty.schema), {"counts": json.dumps(counts)})
+    return counts
 
 
 def _up_to(rows: Iterator[dict], limit: float) -> Iterator[dict]:
     """Yield rows up to the one that reaches a limit on the number of tokens."""
     tokens = 0
-    for row in rows:
+    while tokens < limit and (row := next(rows, None)):
         yield row
         tokens += len(row["input_ids"])
-        if tokens >= limit:
-            return
 
 
 def describe_rows(rows: Sequence[dict], config: DistillConfig) -> list[str]:
@@ -260,7 +246,7 @@ class Steps:
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * num_ranks
         self.steps_per_epoch = math.ceil(len(rows) / self.rows_per_step)
         self.num_steps = config.max_steps or math.ceil(config.num_epochs * self.steps_per_epoch)
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._epoch, self._order = -1, []
 
     def __len__(self) -> int:
         return self.num_steps
@@ -268,17 +254,16 @@ class Steps:
     def step_rows(self, step: int) -> list[int]:
         """Return the indices of the rows of a step, on all ranks."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            order = list(range(len(self.rows)))
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._order = (epoch, order)
-        return self._order[1][position * self.rows_per_step : (position + 1) * self.rows_per_step]
+        if self._epoch != epoch:
+            self._epoch, self._order = epoch, list(range(len(self.rows)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
+        return self._order[position * self.rows_per_step : (position + 1) * self.rows_per_step]
 
     def useful_share(self) -> float:
         """Return tokens in the loss / computed positions, padding included, in the first epoch on all ranks."""
         self.step_rows(0)
         lengths = np.zeros(self.steps_per_epoch * self.rows_per_step, dtype=np.int64)
-        lengths[: len(self.rows)] = row_lengths(self.rows)[self._order[1]]
+        lengths[: len(self.rows)] = row_lengths(self.rows)[self._order]
         micro_batches = lengths.reshape(-1, self.batch_size, self.num_ranks)  # a rank has every num_ranks-th row
         positions = micro_batches.max(axis=1) * (micro_batches > 0).sum(axis=1)
         return count_tokens(self.rows) / int(positions.sum())
@@ -286,12 +271,10 @@ class Steps:
     def __getitem__(self, step: int) -> list[dict]:
         if not 0 <= step < self.num_steps:
             raise IndexError(step)
-        step_rows = self.step_rows(step)
-        mine = step_rows[self.rank :: self.num_ranks]
-        num_micro_batches = math.ceil(len(step_rows[:: self.num_ranks]) / self.batch_size)  # rank 0 has the most
+        step_rows, on_all_ranks = self.step_rows(step), self.batch_size * self.num_ranks
         micro_batches = []
-        for start in range(0, num_micro_batches * self.batch_size, self.batch_size):
-            indices = mine[start : start + self.batch_size]
+        for start in range(0, len(step_rows), on_all_ranks):
+            indices = step_rows[start : start + on_all_ranks][self.rank :: self.num_ranks]
             rows = [self.rows[index] for index in indices] or [empty_row(self.pad_token_id)]
             micro_batches.append({**collate(rows, self.pad_token_id), "row_ids": indices})
         return micro_batches
@@ -309,7 +292,7 @@ def collate(rows: Sequence[dict], pad_token_id: int, length: int | None = None) 
     be the one of the end of text, which is learned.
     """
     length = length or max(len(row["input_ids"]) for row in rows)
-    batch = {"input_ids": [], "labels": [], "position_ids": []}
+    batch = {key: [] for key in KEYS}
     for row in rows:
         padding = length - len(row["input_ids"])
         batch["input_ids"].append([*row["input_ids"], *[pad_token_id] * padding])
