@@ -3,7 +3,7 @@ import pytest
 from kdkit import DistillConfig
 from kdkit.config import UsageError
 from kdkit.data import collate
-from kdkit.data.chat import check_chat_template, make_rows, tokenize_conversations
+from kdkit.data.chat import make_rows, tokenize_conversations
 from kdkit.data.sources import Document
 from kdkit.losses import IGNORE_INDEX
 from kdkit.models import load_tokenizer
@@ -170,13 +170,13 @@ def test_a_conversation_that_is_cut_before_the_answer_gives_no_row(tokenizer):
 def test_a_template_that_renders_earlier_turns_differently_is_refused(tokenizer):
     tokenizer.chat_template = FORGETFUL
     assert learned(chat("one", "hm/two"), tokenizer) == ["hm/two<|eos|>"]
-    with pytest.raises(UsageError, match=r"row 1: the chat template does not render message 2 .*--chat_template"):
+    with pytest.raises(UsageError, match=r"row 1: the chat template changes the content of message 2, or renders it .*--chat_template"):
         learned(chat("one", "hm/two", "three", "four"), tokenizer)
 
 
 def test_a_template_that_changes_an_answer_is_refused(tokenizer):
     tokenizer.chat_template = TEMPLATES["no generation prompt"].replace("m['content']", "m['content'] | upper")
-    with pytest.raises(UsageError, match=r"row 1: .*does not show the content of message 2"):
+    with pytest.raises(UsageError, match=r"row 1: .*changes the content of message 2"):
         learned(chat("one", "two"), tokenizer)
 
 
@@ -188,8 +188,3 @@ def test_a_template_that_raises_is_quoted_with_the_row(tokenizer):
     refused = Document(6, messages=[{"role": "system", "content": "x"}, *chat("one", "two").messages])
     with pytest.raises(UsageError, match=r"row 7: .*refuses .*No system role.*system, user, assistant"):
         list(tokenize_conversations([chat("one", "two"), refused], tokenizer))
-
-
-def test_a_tokenizer_without_a_template_is_refused(tokenizer):
-    with pytest.raises(UsageError, match=r"data has conversations.*no chat template.*--chat_template"):
-        check_chat_template(tokenizer, "data")

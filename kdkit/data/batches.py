@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kdkit.config import DataFields, DistillConfig, UsageError
-from kdkit.data.chat import check_chat_template, tokenize
+from kdkit.data.chat import tokenize
 from kdkit.data.sources import Source, documents_of, open_source
 from kdkit.losses import IGNORE_INDEX
 from kdkit.running.files import sync, write_text
@@ -29,10 +29,9 @@ CACHE_VERSION = 3  # increase it when the same data and settings give other rows
 class Rows(Sequence):
     """Rows in an Arrow table, in memory or mapped from a file: `rows[i]` is a dict of three lists."""
 
-    def __init__(self, table, counts: dict | None = None, origin: str = ""):
+    def __init__(self, table, counts: dict | None = None):
         self.table = table
-        self.counts = Counter(counts)  # samples; samples too_long and dropped; tokens in the loss
-        self.origin = origin  # the columns that were read
+        self.counts = Counter(counts)  # kind (of the samples), samples, too_long, dropped, tokens (in the loss)
 
     @classmethod
     def of(cls, rows: Sequence[dict]) -> "Rows":
@@ -55,17 +54,13 @@ class Rows(Sequence):
 
 def row_lengths(rows: Sequence[dict]) -> np.ndarray:
     """Return the number of tokens of each row."""
-    import pyarrow.compute as pc
-
-    return pc.list_value_length(Rows.of(rows).table["input_ids"]).to_numpy()
+    return np.concatenate([np.diff(chunk.offsets) for chunk in Rows.of(rows).table["labels"].chunks])
 
 
 def loss_tokens(rows: Sequence[dict]) -> np.ndarray:
     """Return the number of tokens in the loss of each row."""
-    import pyarrow.compute as pc
-
-    lengths = row_lengths(rows)
-    in_loss = pc.not_equal(pc.list_flatten(Rows.of(rows).table["labels"]), IGNORE_INDEX).to_numpy()
+    rows, lengths = Rows.of(rows), row_lengths(rows)
+    in_loss = np.concatenate([chunk.flatten().to_numpy() != IGNORE_INDEX for chunk in rows.table["labels"].chunks])
     return np.add.reduceat(in_loss, np.cumsum(lengths) - lengths, dtype=np.int64)
 
 
@@ -105,14 +100,10 @@ def pack(rows: Sequence[dict], max_length: int) -> Rows:
     return Rows.of([{key: np.concatenate([row[key] for row in group]) for key in KEYS} for group in groups])
 
 
-# --- the rows of a run ---
-
-
 def load_rows(config: DistillConfig, tokenizer) -> tuple[Rows, Rows]:
     """Return the training and the held-out rows of a run: read, tokenised, limited, packed.
 
     The first process makes the rows and keeps them as Arrow in the cache folder of `datasets`, while the others wait.
-    Other content, another tokenizer or other settings give another file.
 
     Raises:
         UsageError: the data cannot be read (see `open_source`, `documents_of`), has conversations without a chat
@@ -121,15 +112,17 @@ def load_rows(config: DistillConfig, tokenizer) -> tuple[Rows, Rows]:
     found = []
     for part, purpose in (("train", "to learn"), ("eval", "to evaluate on")):
         source = open_source(config, part)
-        if source.kind == "conversations":
-            check_chat_template(tokenizer, source.name)
+        if source.kind == "conversations" and not (tokenizer.chat_template and tokenizer.is_fast):
+            raise UsageError(
+                f"{source.name} has conversations, but the teacher has no fast tokenizer with a chat template: use the "
+                "instruction-tuned teacher, give a template with --chat_template FILE, or learn from a column of texts "
+                "with --messages_column null --prompt_column null"
+            )
         rows = _cached_rows(source, config, tokenizer)
         if not rows:
             remedy = f", another eval_fraction (now {source.held_out:g}), or an eval_split" if source.held_out else ""
             raise UsageError(
-                f"{source.name} has nothing {purpose}: of {rows.counts['samples']:,} samples, "
-                f"{rows.counts['dropped']:,} have no token in the loss (no assistant turn within max_length, or no "
-                f"text). Give more data{remedy}"
+                f"{source.name} has nothing {purpose} ({describe_rows(rows, config)[0]}): give more data{remedy}"
             )
         found.append(rows)
     return tuple(found)
@@ -177,8 +170,7 @@ def _cached_rows(source: Source, config: DistillConfig, tokenizer) -> Rows:
                     temporary.unlink(missing_ok=True)
     except OSError as error:
         raise explain("the cache of", source.name, error, f"{file.parent} has to be writable") from error
-    table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-    return Rows(table, json.loads(counts.read_text()), f"{source.kind} of column {' and '.join(source.columns)}")
+    return Rows(pa.ipc.open_file(pa.memory_map(str(file))).read_all(), json.loads(counts.read_text()))
 
 
 def _write_rows(file: Path, source: Source, config: DistillConfig, tokenizer) -> dict[str, int]:
@@ -186,7 +178,7 @@ def _write_rows(file: Path, source: Source, config: DistillConfig, tokenizer) ->
     import pyarrow as pa
     from tqdm import tqdm
 
-    counts = Counter()
+    counts = Counter(kind=f"{source.kind} of column {' and '.join(source.columns)}")
     limit = (config.max_train_tokens if source.part == "train" else config.max_eval_tokens) or math.inf
     job = (tokenizer, config.max_length, config.truncation_mode)
 
@@ -214,19 +206,13 @@ def _up_to(rows: Iterator[dict], limit: float) -> Iterator[dict]:
 
 
 def describe_rows(rows: Sequence[dict], config: DistillConfig) -> list[str]:
-    """Return lines that say which columns were read, and how many samples were cut or left out."""
-    rows = Rows.of(rows)
-    samples, too_long, dropped = (rows.counts[name] for name in ("samples", "too_long", "dropped"))
-    lines = [rows.origin] if rows.origin else []
-    if too_long:
-        mode = config.truncation_mode or "split if texts, keep_start if conversations"
-        lines.append(f"{too_long:,} of {samples:,} samples have over {config.max_length:,} tokens: {mode}")
-    if dropped:
-        lines.append(f"{dropped:,} of {samples:,} samples are left out: nothing in them to learn")
-    return lines
-
-
-# --- steps and batches ---
+    """Return lines that say what was read, and how many samples were cut or left out."""
+    counts = Rows.of(rows).counts
+    mode = config.truncation_mode or "split if texts, keep_start if conversations"
+    return [
+        f"{counts['samples']:,} {counts['kind']}: {counts['too_long']:,} have over {config.max_length:,} tokens "
+        f"({mode}); {counts['dropped']:,} are left out, as they have no token in the loss"
+    ]
 
 
 class Steps:

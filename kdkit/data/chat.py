@@ -78,15 +78,10 @@ def make_rows(
         For each document its rows, as int32 arrays, and whether it was longer than max_length. A document without a
         token to learn has no rows.
     """
-    texts = _tokenize_texts([document.text for document in documents if document.messages is None], tokenizer)
-    chats = tokenize_conversations([document for document in documents if document.turns], tokenizer)
+    are_texts = documents[0].messages is None  # all are of one kind
+    tokenized = _tokenize_texts(documents, tokenizer) if are_texts else tokenize_conversations(documents, tokenizer)
     made = []
-    for document in documents:
-        is_text = document.messages is None
-        if is_text:
-            ids, learned = next(texts)
-        else:
-            ids, learned = next(chats) if document.turns else ([], [])
+    for ids, learned in tokenized:
         ids = np.array(ids, dtype=np.int32)
         labels = np.full_like(ids, IGNORE_INDEX)
         for tokens in learned:
@@ -99,7 +94,7 @@ def make_rows(
                 "keep_start": [0],
                 "keep_end": [len(inputs) - max_length],
                 "drop": [],
-            }[truncation_mode or ("split" if is_text else "keep_start")]
+            }[truncation_mode or ("split" if are_texts else "keep_start")]
         rows = []
         for start in starts:
             piece = slice(start, start + max_length)
@@ -110,30 +105,12 @@ def make_rows(
     return made
 
 
-def _tokenize_texts(texts: list[str], tokenizer) -> Iterator[tuple[list[int], list[range]]]:
+def _tokenize_texts(documents: list[Document], tokenizer) -> Iterator[tuple[list[int], list[range]]]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []:
+    texts = [document.text for document in documents]
+    for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
         ids = ids if ids[-1:] == end else ids + end
         yield ids, [range(len(ids))]
-
-
-# --- conversations ---
-
-
-def check_chat_template(tokenizer, name: str) -> None:
-    """Check that a tokenizer can be used for conversations.
-
-    Raises:
-        UsageError: the tokenizer has no chat template, or cannot give the characters of each token.
-    """
-    if not tokenizer.chat_template:
-        raise UsageError(
-            f"{name} has conversations, but the teacher's tokenizer has no chat template: use the instruction-tuned "
-            "teacher, give a template with --chat_template FILE, or learn from a column of texts with "
-            "--messages_column null --prompt_column null"
-        )
-    if not tokenizer.is_fast:
-        raise UsageError(f"{name} has conversations, which need a fast tokenizer: save it as tokenizer.json")
 
 
 def tokenize_conversations(documents: list[Document], tokenizer) -> Iterator[tuple[list[int], list[range]]]:
@@ -147,14 +124,13 @@ def tokenize_conversations(documents: list[Document], tokenizer) -> Iterator[tup
     Raises:
         UsageError: the template refuses a conversation, or renders a turn differently when others follow.
     """
-    if not documents:
-        return
     special = tokenizer.added_tokens_decoder
     if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
         yield from (_marked_turns(document, tokenizer, special) for document in documents)
         return
     endings = tuple(str(token) for token in special.values() if str(token).strip())
-    texts = [_render(document, len(document.messages), tokenizer) for document in documents]
+    # without a turn to learn, a conversation is not rendered, and gives no row
+    texts = [_render(document, len(document.messages) if document.turns else 0, tokenizer) for document in documents]
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     for document, text, encoding in zip(documents, texts, encoded.encodings, strict=True):
         starts, ends = np.array(encoding.offsets).reshape(-1, 2).T  # the characters of each token
@@ -166,6 +142,8 @@ def tokenize_conversations(documents: list[Document], tokenizer) -> Iterator[tup
 
 
 def _marked_turns(document: Document, tokenizer, special: dict) -> tuple[list[int], list[range]]:
+    if not document.turns:
+        return [], []
     encoded = _render(
         document, len(document.messages), tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -182,37 +160,32 @@ def _marked_turns(document: Document, tokenizer, special: dict) -> tuple[list[in
 
 def _find_turn(document: Document, turn: int, text: str, tokenizer, endings: tuple) -> tuple[int, int]:
     """Return the characters (start, end) of a rendered conversation, `text`, that the assistant writes in a turn."""
-    prompt = _render(document, turn, tokenizer, add_generation_prompt=True)  # with the header of the turn
+    prompt = _render(document, turn, tokenizer, add_generation_prompt=True)
     until = _render(document, turn + 1, tokenizer)
-    if not (text.startswith(until) and until.startswith(prompt)):
+    start = len(prompt)
+    if prompt == _render(document, turn, tokenizer):
+        # Without a generation prompt (or if it is always added) what the template writes before the content is the
+        # header. With one, the assistant writes all that follows it.
+        at = text.find(document.messages[turn]["content"].strip(), start, len(until))
+        if at < 0 or text[start:at].strip():
+            start = at
+    if start < 0 or not (text.startswith(until) and until.startswith(prompt)):
         raise UsageError(
-            f"row {document.row + 1}: the chat template does not render message {turn + 1} at the end of a "
-            "conversation as it does within one, so the text that the assistant wrote is unknown: give a template "
-            "that marks it with {% generation %} (--chat_template FILE), or conversations of one turn"
+            f"row {document.row + 1}: the chat template changes the content of message {turn + 1}, or renders it in "
+            "another way when messages follow, so the text that the assistant wrote is unknown: give a template that "
+            "marks it with {% generation %} (--chat_template FILE), or conversations of one turn"
         )
-    start, content = len(prompt), document.messages[turn]["content"].strip()
-    # With a generation prompt, the assistant writes all that follows it. Without one (or if it is always added), what
-    # the template shows before the content is the header.
-    if content and prompt == _render(document, turn, tokenizer):
-        at = text.find(content, start, len(until))
-        if at < 0:
-            raise UsageError(
-                f"row {document.row + 1}: the chat template does not show the content of message {turn + 1} unchanged"
-            )
-        start = at if text[start:at].strip() else start
     written = until.rstrip()  # white space after the token that ends the turn belongs to the template
     return start, len(written) if written.endswith(endings) else len(until)
 
 
-def _render(document: Document, number: int, tokenizer, **options):
+def _render(document: Document, number: int, tokenizer, tokenize=False, **options):
     """Apply the chat template to the first messages of a conversation."""
     from jinja2 import TemplateError
 
     messages = document.messages[:number]
-    if not messages:
-        return ""
     try:
-        return tokenizer.apply_chat_template(messages, **{"tokenize": False, **options})
+        return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options) if messages else ""
     except (TemplateError, TypeError, ValueError) as error:
         raise UsageError(
             f"row {document.row + 1}: the chat template refuses the conversation ({str(error).splitlines()[0]}): "
