@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +33,7 @@ from kdkit.data.chat import make_rows
 from kdkit.data.sources import Document, open_source
 from kdkit.losses import IGNORE_INDEX
 from kdkit.models import BodyAndHead, load_teacher, load_tokenizer
+from kdkit.running import files
 
 CHATML = "{% for m in messages %}<|bos|>{{ m['role'] }}\n{{ m['content'] }}<|eos|>\n{% endfor %}"
 
@@ -260,13 +260,13 @@ def test_several_processes_give_the_same_rows_as_one(small, tokenizer, tmp_path,
     fields = {"dataset": words(tmp_path / "a.jsonl", 1500), "max_train_tokens": 10**9, **fields}
     one, _ = load_rows(small(num_proc=1, **fields), tokenizer)
     monkeypatch.setattr(batches, "CACHE_VERSION", "other")
-    monkeypatch.setattr(chat, "SECONDS_ALONE", 0)
+    monkeypatch.setattr(chat, "BLOCKS_ALONE", 1)
     two, _ = load_rows(small(num_proc=2, **fields), tokenizer)
     assert rows_digest(one) == rows_digest(two) and one.counts == two.counts
 
 
 def test_a_mistake_found_in_another_process_is_one_line(small, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS_ALONE", 0)
+    monkeypatch.setattr(chat, "BLOCKS_ALONE", 1)
     file = json_lines(tmp_path / "a.jsonl", *[{"text": "words"}] * 1500, {"other": 1})
     with pytest.raises(UsageError, match=r"a\.jsonl, split train, row 1501 has no text") as error:
         load_rows(small(dataset=file, num_proc=2, max_train_tokens=None), tokenizer)
@@ -290,31 +290,31 @@ def other_value(field, value):
 def test_every_field_of_the_data_changes_the_cache_and_evaluation_fields_only_the_held_out_rows(small, tokenizer):
     config = small(max_train_tokens=100)
     sources = [open_source(config, part)._replace(held_out=None) for part in ("train", "eval")]
-    before = [batches.cache_file(source, config, tokenizer) for source in sources]
+    before = [batches.cache_folder(source, config, tokenizer) for source in sources]
     for field in dataclasses.fields(DataFields):
         changed = dataclasses.replace(config, **{field.name: other_value(field, getattr(config, field.name))})
-        after = [batches.cache_file(source, changed, tokenizer) for source in sources]
+        after = [batches.cache_folder(source, changed, tokenizer) for source in sources]
         free, for_evaluation = field.metadata.get("may_change"), field.name.startswith(("eval_", "max_eval_"))
         assert [a != b for a, b in zip(after, before, strict=True)] == [not free and not for_evaluation, not free], (
             field
         )
     train = sources[0]
     for other in (train._replace(held_out=0.08), train._replace(held_out=0.1), train._replace(fingerprint="x")):
-        assert batches.cache_file(other, config, tokenizer) not in before
+        assert batches.cache_folder(other, config, tokenizer) not in before
 
 
 @pytest.mark.parametrize("change", ["bos", "chat_template", "eos_token"])
 def test_another_tokenizer_changes_the_cache_and_a_call_of_it_does_not(small, change):
     tokenizer, config = load_tokenizer(DistillConfig()), small()
     source = open_source(config, "train")
-    before = batches.cache_file(source, config, tokenizer)
+    before = batches.cache_folder(source, config, tokenizer)
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=2)
-    assert batches.cache_file(source, config, tokenizer) == before
+    assert batches.cache_folder(source, config, tokenizer) == before
     if change == "bos":
         tokenizer.backend_tokenizer.post_processor = None
     else:
         setattr(tokenizer, change, "<|pad|>")
-    assert batches.cache_file(source, config, tokenizer) != before
+    assert batches.cache_folder(source, config, tokenizer) != before
 
 
 def test_the_first_process_makes_the_rows_and_the_others_wait(small, tokenizer, tmp_path, monkeypatch):
@@ -331,7 +331,7 @@ def test_the_first_process_makes_the_rows_and_the_others_wait(small, tokenizer, 
     assert len(load_rows(config, tokenizer)[0]) < len(found[0][0]) and len(calls) == 4
 
 
-@pytest.mark.parametrize("where, name", [(batches, "pack"), (batches, "sync"), (os, "replace")])
+@pytest.mark.parametrize("where, name", [(batches, "pack"), (batches, "publish"), (files, "_hide")])
 def test_a_kill_leaves_no_incomplete_cache_and_no_lock(small, tokenizer, tmp_path, monkeypatch, where, name):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     config = small(dataset=words(tmp_path / "a.jsonl", 1500), max_train_tokens=None, num_proc=2)
@@ -342,7 +342,7 @@ def test_a_kill_leaves_no_incomplete_cache_and_no_lock(small, tokenizer, tmp_pat
         os.kill(os.getpid(), signal.SIGKILL)
 
     def killed():
-        monkeypatch.setattr(chat, "SECONDS_ALONE", 0)
+        monkeypatch.setattr(chat, "BLOCKS_ALONE", 1)
         monkeypatch.setattr(batches, "PACK_TOKENS", 100)
         monkeypatch.setattr(where, name, kill)
         load_rows(config, tokenizer)
@@ -351,7 +351,7 @@ def test_a_kill_leaves_no_incomplete_cache_and_no_lock(small, tokenizer, tmp_pat
     process.start()
     process.join()
     (lock,) = (tmp_path / "cache/kdkit").glob("*.lock")
-    assert process.exitcode == -signal.SIGKILL and not list(lock.parent.glob("*.arrow"))
+    assert process.exitcode == -signal.SIGKILL and not lock.with_suffix("").exists()
     with FileLock(lock, timeout=30):
         pass
     rows, _ = load_rows(config, tokenizer)
@@ -360,14 +360,15 @@ def test_a_kill_leaves_no_incomplete_cache_and_no_lock(small, tokenizer, tmp_pat
 
 def test_a_full_disk_is_named_and_leaves_no_file(small, tokenizer, tmp_path, monkeypatch):
     config = small(dataset=words(tmp_path / "a.jsonl"))
-    file = batches.cache_file(open_source(config, "train"), config, tokenizer)
-    file.parent.mkdir(exist_ok=True)
-    file.with_suffix(".writing").symlink_to("/dev/full")
+    folder = batches.cache_folder(open_source(config, "train"), config, tokenizer)
+    temporary = folder.with_name(f".writing_{folder.name}")
+    temporary.mkdir(parents=True)
+    (temporary / "rows.arrow").symlink_to("/dev/full")
     with pytest.raises(UsageError, match=r"does not fit on the disk of .*HF_HOME"):
         load_rows(config, tokenizer)
-    assert not file.exists()
+    assert not folder.exists() and not temporary.exists()
     assert load_rows(config, tokenizer)[0]
-    assert {path.suffix for path in Path(file).parent.iterdir()} <= {".arrow", ".json", ".lock"}  # nothing that runs code
+    assert {path.suffix for path in folder.iterdir()} == {".arrow", ".json"}  # nothing that runs code
 
 
 # --- python -m kdkit.data

@@ -170,7 +170,9 @@ def test_a_conversation_that_is_cut_before_the_answer_gives_no_row(tokenizer):
 def test_a_template_that_renders_earlier_turns_differently_is_refused(tokenizer):
     tokenizer.chat_template = FORGETFUL
     assert learned(chat("one", "hm/two"), tokenizer) == ["hm/two<|eos|>"]
-    with pytest.raises(UsageError, match=r"row 1: the chat template changes the content of message 2, or renders it .*--chat_template"):
+    with pytest.raises(
+        UsageError, match=r"row 1: the chat template changes the content of message 2, or renders it .*--chat_template"
+    ):
         learned(chat("one", "hm/two", "three", "four"), tokenizer)
 
 

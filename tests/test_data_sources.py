@@ -128,8 +128,8 @@ USER = '{"role": "user", "content": "hi"}'
         ("a.jsonl", "", ["a.jsonl", "no file with text"]),
         ("a.jsonl", "\n\n", ["a.jsonl"]),
         ("a.txt", b"caf\xe9 " * 9, ["a.txt", "utf-8", "position 3"]),
-        ("a.jsonl", '{"text": "x"}\n{"text": ', ["a.jsonl", "line 2", "not a JSON object"]),
-        ("a.jsonl", '{"text": "x"}\n\n[1]', ["a.jsonl", "line 3", "not a JSON object"]),
+        ("a.jsonl", '{"text": "x"}\n{"text": ', ["a.jsonl", "JSON parse error", "in row 1"]),
+        ("a.jsonl", '{"text": "x"}\n\n[1]', ["a.jsonl", "changed from object to array in row 1"]),
         ("a.jsonl", '{"body": "x"}', ["a.jsonl", "columns body", "--text_column (now text)"]),
         ("a.jsonl", '{"text": "x"}\n{"other": 1}', ["a.jsonl", "row 2", "'text'", "NoneType"]),
         ("a.jsonl", '{"text": 3}', ["row 1", "'text'", "int"]),
@@ -154,7 +154,7 @@ def test_what_cannot_be_read_is_named(small, tmp_path, name, content, named):
 def test_a_broken_line_in_a_stream_is_named(small, tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "x"}\n{"text": ')
-    with pytest.raises(UsageError, match=r"a\.jsonl, line 2 is not a JSON object"):
+    with pytest.raises(UsageError, match=r"a\.jsonl could not be loaded: JSON parse error.* in row 1"):
         read(small, file, streaming=True)
 
 

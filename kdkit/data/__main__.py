@@ -5,7 +5,6 @@ python -m kdkit.data [--config recipes/x.yaml] [--field value ...]
 
 import itertools
 import sys
-from collections.abc import Iterator
 
 from kdkit.config import UsageError, load_config
 from kdkit.data.batches import Steps, count_tokens, describe_rows, load_rows
@@ -13,29 +12,16 @@ from kdkit.losses import IGNORE_INDEX
 from kdkit.models import load_tokenizer
 
 
-def row_tokens(row: dict) -> Iterator[tuple[int, bool, int]]:
-    """Yield for each token of a row, labels included: (id, is it in the loss, number of the document).
-
-    A token is in the loss as the label of the token before it, so the first of a document never is.
-    """
-    document = 0
-    for index, position in enumerate(row["position_ids"]):
-        if position == 0:
-            document += 1
-            yield row["input_ids"][index], False, document
-        if row["labels"][index] != IGNORE_INDEX:
-            yield row["labels"][index], True, document
-        elif row["position_ids"][index + 1 : index + 2] not in ([], [0]):
-            yield row["input_ids"][index + 1], False, document
-
-
 def show_row(row: dict, tokenizer) -> str:
     """Return a row as text: [what is in the loss] is in brackets, and a line --- separates documents."""
+    starts = [index for index, position in enumerate(row["position_ids"]) if position == 0]
     documents = []
-    for _, tokens in itertools.groupby(row_tokens(row), key=lambda token: token[2]):
+    for start, end in itertools.pairwise([*starts, len(row["labels"])]):
+        labels = row["labels"][start:end]  # a token is in the loss as the label of the token before it
+        tokens = zip([*row["input_ids"][start:end], labels[-1]], [IGNORE_INDEX, *labels], strict=True)
         text = ""
-        for in_loss, run in itertools.groupby(tokens, key=lambda token: token[1]):
-            decoded = tokenizer.decode([token for token, _, _ in run])
+        for in_loss, run in itertools.groupby(tokens, key=lambda token: token[1] != IGNORE_INDEX):
+            decoded = tokenizer.decode([token for token, _ in run if token != IGNORE_INDEX])
             text += f"[{decoded}]" if in_loss else decoded
         documents.append(text)
     return "\n---\n".join(documents)

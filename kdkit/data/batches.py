@@ -5,8 +5,8 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import random
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from kdkit.config import DataFields, DistillConfig, UsageError
 from kdkit.data.chat import tokenize
 from kdkit.data.sources import Source, documents_of, open_source
 from kdkit.losses import IGNORE_INDEX
-from kdkit.running.files import sync, write_text
+from kdkit.running.files import publish
 from kdkit.running.hub import explain
 
 KEYS = ("input_ids", "labels", "position_ids")
@@ -128,8 +128,8 @@ def load_rows(config: DistillConfig, tokenizer) -> tuple[Rows, Rows]:
     return tuple(found)
 
 
-def cache_file(source: Source, config: DistillConfig, tokenizer) -> Path:
-    """Return the file of a source's rows. Everything that can change a row changes its name."""
+def cache_folder(source: Source, config: DistillConfig, tokenizer) -> Path:
+    """Return the folder of a source's rows. Everything that can change a row changes its name."""
     import datasets
 
     ignored = ("eval_", "max_eval_") if source.part == "train" else ()  # tokenised once for all ways to evaluate
@@ -146,40 +146,38 @@ def cache_file(source: Source, config: DistillConfig, tokenizer) -> Path:
         {name: getattr(config, name) for name in fields if not name.startswith(ignored)},
         type(tokenizer).__name__, model, options, tokenizer.special_tokens_map, tokenizer.chat_template,
     ]  # fmt: skip
-    name = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32] + ".arrow"
+    name = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32]
     return Path(datasets.config.HF_DATASETS_CACHE, "kdkit", name)
 
 
 def _cached_rows(source: Source, config: DistillConfig, tokenizer) -> Rows:
-    """Return the rows of a source from an Arrow file, which is complete or absent, also after a power failure."""
+    """Return the rows of a source from their folder, which is complete or absent, also after a power failure."""
     import pyarrow as pa
     from filelock import FileLock
 
-    file = cache_file(source, config, tokenizer)
-    temporary, counts = file.with_suffix(".writing"), file.with_suffix(".json")
+    folder = cache_folder(source, config, tokenizer)
+    temporary = folder.with_name(f".writing_{folder.name}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_suffix(".lock")):
-            if not file.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                temporary.mkdir(exist_ok=True)
                 try:
-                    write_text(counts, json.dumps(_write_rows(temporary, source, config, tokenizer)))
-                    sync(temporary)
-                    os.replace(temporary, file)
-                    sync(file.parent)
+                    _write_rows(temporary, source, config, tokenizer)
+                    publish(temporary, folder)
                 finally:
-                    temporary.unlink(missing_ok=True)
+                    shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise explain("the cache of", source.name, error, f"{file.parent} has to be writable") from error
-    return Rows(pa.ipc.open_file(pa.memory_map(str(file))).read_all(), json.loads(counts.read_text()))
+        raise explain("the cache of", source.name, error, f"{folder.parent} has to be writable") from error
+    table = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow"))).read_all()
+    return Rows(table, json.loads((folder / "counts.json").read_text()))
 
 
-def _write_rows(file: Path, source: Source, config: DistillConfig, tokenizer) -> dict[str, int]:
-    """Write the rows of a source as Arrow, and return their counts."""
+def _write_rows(folder: Path, source: Source, config: DistillConfig, tokenizer) -> None:
     import pyarrow as pa
     from tqdm import tqdm
 
     counts = Counter(kind=f"{source.kind} of column {' and '.join(source.columns)}")
-    limit = (config.max_train_tokens if source.part == "train" else config.max_eval_tokens) or math.inf
     job = (tokenizer, config.max_length, config.truncation_mode)
 
     def made() -> Iterator[dict]:
@@ -188,13 +186,13 @@ def _write_rows(file: Path, source: Source, config: DistillConfig, tokenizer) ->
             counts.update(samples=1, too_long=too_long, dropped=not rows)
             yield from rows
 
-    limited = _up_to(made(), limit)
-    with open(file, "wb") as sink, pa.ipc.new_file(sink, Rows.of([]).table.schema) as writer:
+    limited = _up_to(made(), getattr(config, f"max_{source.part}_tokens") or math.inf)
+    with open(folder / "rows.arrow", "wb") as file, pa.ipc.new_file(file, Rows.of([]).table.schema) as writer:
         while part := list(_up_to(limited, PACK_TOKENS)):
             part = pack(part, config.max_length) if config.packing else Rows.of(part)
             counts["tokens"] += count_tokens(part)
             writer.write_table(part.table)
-    return counts
+    (folder / "counts.json").write_text(json.dumps(counts))
 
 
 def _up_to(rows: Iterator[dict], limit: float) -> Iterator[dict]:

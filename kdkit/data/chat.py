@@ -11,7 +11,6 @@ import re
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,24 +22,20 @@ from kdkit.data.sources import Document
 from kdkit.losses import IGNORE_INDEX
 
 BLOCK = 200  # documents that are tokenised together
-SECONDS_ALONE = 1.0  # how long one process tokenises before it starts others: small data is done by then
+BLOCKS_ALONE = 10  # tokenised before other processes are started, which takes longer for less
 
 
 def tokenize(documents: Iterable[Document], num_proc: int | None, *job) -> Iterator[tuple[list[dict], bool]]:
     """Yield what `make_rows(documents, *job)` makes of each document, in order, with `num_proc` processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_proc, start, documents = num_proc or max(cores - 1, 1), time.monotonic(), iter(documents)
+    num_proc, documents = num_proc or max(cores - 1, 1), iter(documents)
     blocks = iter(lambda: list(itertools.islice(documents, BLOCK)), [])
-    for block in blocks:
+    for block in itertools.islice(blocks, BLOCKS_ALONE if num_proc > 1 else None):
         yield from make_rows(block, *job)
-        if num_proc > 1 and time.monotonic() - start >= SECONDS_ALONE:
-            break
-    else:
-        return
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     # A fork imports nothing and copies no tokenizer. It is safe, since these processes do not use torch or its threads.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(num_proc, context, _start_process, job) as pool:
+    with ProcessPoolExecutor(num_proc, context, _start_process, job) as pool:  # it starts with the first block
         submitted = (pool.submit(_make_rows, block) for block in blocks)
         pending = deque(itertools.islice(submitted, 4 * num_proc))  # limits memory, and what is tokenised in vain
         while pending:

@@ -4,7 +4,6 @@ Every mistake in a dataset is reported here, in one line, before a model is load
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,9 +82,8 @@ def open_source(config: DistillConfig, part: str) -> Source:
         else:
             fingerprint = samples._fingerprint
     except loading_errors() as error:
-        _check_lines(Path(name).expanduser())
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        remedy = "other fields: --dataset_config and --dataset_split; or give a file, a folder or a hub id"
+        remedy = "JSON Lines have one object per line; other fields are --dataset_config and --dataset_split"
         raise explain(field, name, reason, remedy) from error
     shown = f"{field} {name}, split {split}"
     if not columns:
@@ -112,18 +110,6 @@ def _load_arguments(field: str, name: str) -> dict:
         raise UsageError(f'{field} {name} does not exist: give a file, a folder, a hub id, or "embedded"')
     hub_id, revision = split_revision(name)
     return {"path": hub_id, "revision": revision}
-
-
-def _check_lines(path: Path) -> None:
-    """Find the line of JSON that could not be read, which the errors of `datasets` do not name."""
-    for file in (path, *path.rglob("*")):
-        for number, line in enumerate(file.open("rb") if file.suffix == ".jsonl" else [], start=1):
-            try:
-                is_object = not line.strip() or isinstance(json.loads(line), dict)
-            except ValueError:  # also for bytes that are not UTF-8
-                is_object = False
-            if not is_object:
-                raise UsageError(f"{file}, line {number} is not a JSON object: write one per line, as UTF-8 text")
 
 
 def _choose_columns(config: DistillConfig, shown: str, columns: list[str]) -> tuple[str, list[str]]:
