@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from kdkit import DistillConfig
@@ -54,8 +56,9 @@ def rows_of(documents, *arguments):
 
 def learned(document, tokenizer):
     """The texts of a conversation that are learned."""
-    ((ids, ranges),) = tokenize_conversations([document], tokenizer)
-    return [tokenizer.decode(ids[tokens.start : tokens.stop]) for tokens in ranges]
+    ((ids, mask),) = tokenize_conversations([document], tokenizer)
+    runs = itertools.groupby(zip(ids, mask, strict=True), key=lambda token: token[1])
+    return [tokenizer.decode([token for token, _ in run]) for is_learned, run in runs if is_learned]
 
 
 # --- texts
@@ -124,7 +127,8 @@ def test_conversations_in_a_batch_are_tokenised_as_alone(tokenizer, name):
     documents = [chat(*words[: 2 + i % 4], learn_from=i % 3, first=["user", "assistant"][i % 2]) for i in range(12)]
     documents = [document for document in documents if document.turns]
     alone = [next(tokenize_conversations([document], tokenizer)) for document in documents]
-    assert list(tokenize_conversations(documents, tokenizer)) == alone
+    for (ids, mask), (ids_alone, mask_alone) in zip(tokenize_conversations(documents, tokenizer), alone, strict=True):
+        assert ids == ids_alone and (mask == mask_alone).all()
 
 
 @pytest.mark.parametrize("name", ["chatml", "marked"])
@@ -152,10 +156,10 @@ def test_text_that_the_template_adds_before_an_answer_is_learned_after_a_generat
 
 def test_labels_of_a_conversation_are_shifted_once(tokenizer):
     tokenizer.chat_template = TEMPLATES["chatml"]
-    ((ids, (tokens,)),) = tokenize_conversations([chat("one", "two")], tokenizer)
+    ((ids, mask),) = tokenize_conversations([chat("one", "two")], tokenizer)
     (row,) = rows_of([chat("one", "two")], tokenizer, 64)
     assert row["input_ids"] == ids[:-1]
-    assert row["labels"] == [token if at in tokens else IGNORE_INDEX for at, token in enumerate(ids)][1:]
+    assert row["labels"] == [token if learned else IGNORE_INDEX for token, learned in zip(ids, mask, strict=True)][1:]
 
 
 def test_a_conversation_that_is_cut_before_the_answer_gives_no_row(tokenizer):

@@ -74,22 +74,16 @@ def make_rows(
         token to learn has no rows.
     """
     are_texts = documents[0].messages is None  # all are of one kind
-    tokenized = _tokenize_texts(documents, tokenizer) if are_texts else tokenize_conversations(documents, tokenizer)
+    mode = truncation_mode or ("split" if are_texts else "keep_start")
     made = []
-    for ids, learned in tokenized:
+    for ids, learned in (_tokenize_texts if are_texts else tokenize_conversations)(documents, tokenizer):
         ids = np.array(ids, dtype=np.int32)
-        labels = np.full_like(ids, IGNORE_INDEX)
-        for tokens in learned:
-            labels[tokens.start : tokens.stop] = ids[tokens.start : tokens.stop]
-        inputs, labels = ids[:-1], labels[1:]  # the causal shift
+        inputs, labels = ids[:-1], np.where(learned, ids, np.int32(IGNORE_INDEX))[1:]  # the causal shift
         too_long, starts = len(inputs) > max_length, [0]
-        if too_long:
-            starts = {
-                "split": range(0, len(inputs), max_length),
-                "keep_start": [0],
-                "keep_end": [len(inputs) - max_length],
-                "drop": [],
-            }[truncation_mode or ("split" if are_texts else "keep_start")]
+        if too_long and mode != "keep_start":
+            starts = {"split": range(0, len(inputs), max_length), "keep_end": [len(inputs) - max_length], "drop": []}[
+                mode
+            ]
         rows = []
         for start in starts:
             piece = slice(start, start + max_length)
@@ -100,16 +94,16 @@ def make_rows(
     return made
 
 
-def _tokenize_texts(documents: list[Document], tokenizer) -> Iterator[tuple[list[int], list[range]]]:
+def _tokenize_texts(documents: list[Document], tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     texts = [document.text for document in documents]
     for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
         ids = ids if ids[-1:] == end else ids + end
-        yield ids, [range(len(ids))]
+        yield ids, [True] * len(ids)
 
 
-def tokenize_conversations(documents: list[Document], tokenizer) -> Iterator[tuple[list[int], list[range]]]:
-    """Yield for each conversation its token ids, and which of them are learned, as ranges of indices.
+def tokenize_conversations(documents: list[Document], tokenizer) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yield for each conversation its token ids, and which of them are learned.
 
     The turns of the assistant are learned, each with the token that ends it, but not the header before it. If the
     template marks these itself (`{% generation %}`), its marks are used. Otherwise the conversation is also rendered
@@ -121,7 +115,7 @@ def tokenize_conversations(documents: list[Document], tokenizer) -> Iterator[tup
     """
     special = tokenizer.added_tokens_decoder
     if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
-        yield from (_marked_turns(document, tokenizer, special) for document in documents)
+        yield from (_marked_turns(document, tokenizer, list(special)) for document in documents)
         return
     endings = tuple(str(token) for token in special.values() if str(token).strip())
     # without a turn to learn, a conversation is not rendered, and gives no row
@@ -129,28 +123,25 @@ def tokenize_conversations(documents: list[Document], tokenizer) -> Iterator[tup
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     for document, text, encoding in zip(documents, texts, encoded.encodings, strict=True):
         starts, ends = np.array(encoding.offsets).reshape(-1, 2).T  # the characters of each token
-        learned = []
+        learned = np.zeros(len(starts), dtype=bool)
         for turn in document.turns:
             start, end = _find_turn(document, turn, text, tokenizer, endings)
-            learned.append(range(ends.searchsorted(start, "right"), starts.searchsorted(end)))  # all that overlap
+            learned |= (starts < end) & (ends > start)
         yield encoding.ids, learned
 
 
-def _marked_turns(document: Document, tokenizer, special: dict) -> tuple[list[int], list[range]]:
+def _marked_turns(document: Document, tokenizer, special: list[int]) -> tuple[list[int], np.ndarray]:
     if not document.turns:
-        return [], []
+        return [], np.zeros(0, dtype=bool)
     encoded = _render(
         document, len(document.messages), tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    ids = encoded["input_ids"]
-    edges = np.flatnonzero(np.diff([0, *encoded["assistant_masks"], 0])).tolist()
+    marked, is_special = np.array(encoded["assistant_masks"], dtype=bool), np.isin(encoded["input_ids"], special)
+    # some templates leave the token that ends the turn outside of the mark
+    marked[1:] |= marked[:-1] & is_special[1:] & ~is_special[:-1]
+    turn_numbers = np.cumsum(np.diff(marked, prepend=False) & marked)  # 1 in the first turn
     skipped = sum(message["role"] == "assistant" for message in document.messages[: document.learn_from])
-    learned = []
-    for start, stop in zip(edges[::2], edges[1::2], strict=True):
-        # some templates leave the token that ends the turn outside of the mark
-        unended = stop < len(ids) and ids[stop] in special and ids[stop - 1] not in special
-        learned.append(range(start, stop + unended))
-    return ids, learned[skipped:]
+    return encoded["input_ids"], marked & (turn_numbers > skipped)
 
 
 def _find_turn(document: Document, turn: int, text: str, tokenizer, endings: tuple) -> tuple[int, int]:
