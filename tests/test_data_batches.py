@@ -268,7 +268,7 @@ def test_several_processes_give_the_same_rows_as_one(small, tokenizer, tmp_path,
 def test_a_mistake_found_in_another_process_is_one_line(small, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(chat, "BLOCKS_ALONE", 1)
     file = json_lines(tmp_path / "a.jsonl", *[{"text": "words"}] * 1500, {"other": 1})
-    with pytest.raises(UsageError, match=r"a\.jsonl, split train, row 1501 has no text") as error:
+    with pytest.raises(UsageError, match=r"a\.jsonl, split train, row 1501 has None") as error:
         load_rows(small(dataset=file, num_proc=2, max_train_tokens=None), tokenizer)
     assert "\n" not in str(error.value)
 

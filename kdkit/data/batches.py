@@ -40,8 +40,7 @@ class Rows(Sequence):
 
         if isinstance(rows, cls):
             return rows
-        kind = pa.list_(pa.int32())
-        return cls(pa.table({key: pa.array([row[key] for row in rows], kind) for key in KEYS}))
+        return cls(pa.table({key: pa.array([row[key] for row in rows], pa.list_(pa.int32())) for key in KEYS}))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -103,11 +102,11 @@ def pack(rows: Sequence[dict], max_length: int) -> Rows:
 def load_rows(config: DistillConfig, tokenizer) -> tuple[Rows, Rows]:
     """Return the training and the held-out rows of a run: read, tokenised, limited, packed.
 
-    The first process makes the rows and keeps them as Arrow in the cache folder of `datasets`, while the others wait.
+    The first process makes them, and keeps them as Arrow in the cache folder of `datasets`, while the others wait.
 
     Raises:
-        UsageError: the data cannot be read (see `open_source`, `documents_of`), has conversations without a chat
-            template, has nothing to learn, or is too small to hold a part out; the cache cannot be written.
+        UsageError: the data cannot be read, has conversations without a chat template, has nothing to learn, or is too
+            small to hold a part out; the cache cannot be written.
     """
     found = []
     for part, purpose in (("train", "to learn"), ("eval", "to evaluate on")):
@@ -178,10 +177,9 @@ def _write_rows(folder: Path, source: Source, config: DistillConfig, tokenizer) 
     from tqdm import tqdm
 
     counts = Counter(kind=f"{source.kind} of column {' and '.join(source.columns)}")
-    job = (tokenizer, config.max_length, config.truncation_mode)
+    samples = tokenize(documents_of(source), config.num_proc, tokenizer, config.max_length, config.truncation_mode)
 
     def made() -> Iterator[dict]:
-        samples = tokenize(documents_of(source), config.num_proc, *job)
         for rows, too_long in tqdm(samples, f"tokenise {source.name}", unit=" samples", delay=2):
             counts.update(samples=1, too_long=too_long, dropped=not rows)
             yield from rows
@@ -217,11 +215,9 @@ class Steps:
     """The optimizer steps of a run on one rank: `steps[i]` is the list of micro-batches of step i.
 
     Each epoch has its own order of the rows, which depends on the seed and the epoch only. A step is a consecutive
-    part of this order, for any number of ranks and micro-batches, and every row is in exactly one step of the epoch.
-    So one rank and many ranks compute the same steps, and a run resumes at step i without computing the others.
-
-    The last step of an epoch has the rows that are left. All ranks have the same number of micro-batches in it: a
-    rank without a row gets a micro-batch without a label, since it has to take part in the communication.
+    part of this order (the last one of an epoch has what is left), for any number of ranks and micro-batches. So one
+    rank and many ranks compute the same steps, and a run resumes at step i without computing the others. All ranks
+    have the same number of micro-batches, since they communicate in each: see `empty_row`.
     """
 
     def __init__(self, rows: Sequence[dict], config: DistillConfig, pad_token_id: int, rank=0, num_ranks=1):
@@ -265,7 +261,7 @@ class Steps:
 
 
 def empty_row(pad_token_id: int) -> dict:
-    """Return a row without a label, for a rank that has no row left but takes part in the communication."""
+    """Return a row without a label, for a rank that has no row left."""
     return {"input_ids": [pad_token_id], "labels": [IGNORE_INDEX], "position_ids": [0]}
 
 

@@ -64,10 +64,9 @@ def make_rows(
 ) -> list[tuple[list[dict], bool]]:
     """Tokenise documents, shift their tokens by one, and cut what is longer than `max_length`.
 
-    The tokens of a text are those that the tokenizer gives, special ones included, and its end-of-text token. The
-    tokens of a conversation are those of the rendered chat template. Token s is the input whose label is token s + 1,
-    so n tokens give n - 1 pairs. Where a document is split, the last label of a piece is the first input of the next
-    one, so no label is lost.
+    Of a text, the tokens are those that the tokenizer gives, special ones included, and its end-of-text token; of a
+    conversation, those of the rendered chat template. Token s is the input whose label is token s + 1, so n tokens give
+    n - 1 pairs. Where a text is split, the last label of a piece is the first input of the next: no label is lost.
 
     Returns:
         For each document its rows, as int32 arrays, and whether it was longer than max_length. A document without a
@@ -79,11 +78,13 @@ def make_rows(
     for ids, learned in (_tokenize_texts if are_texts else tokenize_conversations)(documents, tokenizer):
         ids = np.array(ids, dtype=np.int32)
         inputs, labels = ids[:-1], np.where(learned, ids, np.int32(IGNORE_INDEX))[1:]  # the causal shift
-        too_long, starts = len(inputs) > max_length, [0]
-        if too_long and mode != "keep_start":
-            starts = {"split": range(0, len(inputs), max_length), "keep_end": [len(inputs) - max_length], "drop": []}[
-                mode
-            ]
+        too_long = len(inputs) > max_length
+        starts = {
+            "split": range(0, len(inputs), max_length),
+            "keep_start": [0],
+            "keep_end": [max(len(inputs) - max_length, 0)],
+            "drop": [] if too_long else [0],
+        }[mode]
         rows = []
         for start in starts:
             piece = slice(start, start + max_length)
@@ -107,11 +108,11 @@ def tokenize_conversations(documents: list[Document], tokenizer) -> Iterator[tup
 
     The turns of the assistant are learned, each with the token that ends it, but not the header before it. If the
     template marks these itself (`{% generation %}`), its marks are used. Otherwise the conversation is also rendered
-    up to the start and up to the end of each turn, and the complete text has to begin with these texts. A template
-    that renders earlier turns in another way when more turns follow (some omit the thinking) is refused.
+    up to the start and up to the end of each turn, and the complete text has to begin with these texts.
 
     Raises:
-        UsageError: the template refuses a conversation, or renders a turn differently when others follow.
+        UsageError: the template refuses a conversation, or renders a turn differently when others follow (some omit
+            the thinking).
     """
     special = tokenizer.added_tokens_decoder
     if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
@@ -137,10 +138,10 @@ def _marked_turns(document: Document, tokenizer, special: list[int]) -> tuple[li
         document, len(document.messages), tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     marked, is_special = np.array(encoded["assistant_masks"], dtype=bool), np.isin(encoded["input_ids"], special)
+    turn_numbers = np.cumsum(np.diff(marked, prepend=False) & marked)  # from 1
+    skipped = sum(message["role"] == "assistant" for message in document.messages[: document.learn_from])
     # some templates leave the token that ends the turn outside of the mark
     marked[1:] |= marked[:-1] & is_special[1:] & ~is_special[:-1]
-    turn_numbers = np.cumsum(np.diff(marked, prepend=False) & marked)  # 1 in the first turn
-    skipped = sum(message["role"] == "assistant" for message in document.messages[: document.learn_from])
     return encoded["input_ids"], marked & (turn_numbers > skipped)
 
 

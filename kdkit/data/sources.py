@@ -48,8 +48,7 @@ class Source(NamedTuple):
 def open_source(config: DistillConfig, part: str) -> Source:
     """Open the samples of a part ("train" or "eval") with `datasets`, which caches what it downloads and parses.
 
-    A sample is a .txt file, a line of JSON, or a row of Parquet or CSV. `config.dataset_config` applies to
-    `config.dataset` only. The embedded text has two splits, train and test.
+    A sample is a .txt file, a line of JSON, or a row of Parquet or CSV.
 
     Raises:
         UsageError: the data cannot be loaded or parsed, has no such split, is empty, has none of the configured
@@ -72,15 +71,12 @@ def open_source(config: DistillConfig, part: str) -> Source:
     if part == "eval":
         field, name, split = "eval_dataset" if config.eval_dataset else "dataset", eval_dataset, eval_split
     arguments = _load_arguments(field, name)
-    if name == config.dataset:
+    if name == config.dataset:  # another eval_dataset has no such configuration
         arguments["name"] = config.dataset_config
     try:
         samples = load_dataset(**arguments, split=split, streaming=config.streaming)
         columns = list(next(iter(samples), {}))
-        if config.streaming:
-            fingerprint = f"{load_dataset_builder(**arguments).cache_dir} {split}"
-        else:
-            fingerprint = samples._fingerprint
+        version = load_dataset_builder(**arguments).cache_dir if config.streaming else samples._fingerprint
     except loading_errors() as error:
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         remedy = "JSON Lines have one object per line; other fields are --dataset_config and --dataset_split"
@@ -89,8 +85,8 @@ def open_source(config: DistillConfig, part: str) -> Source:
     if not columns:
         raise UsageError(f"{shown} is empty: give another one, or another split")
     kind, columns = _choose_columns(config, shown, columns)
-    held_out = config.eval_fraction if shared else None
-    return Source(shown, part, held_out, samples.select_columns(columns), kind, columns, fingerprint)
+    samples = samples.select_columns(columns)
+    return Source(shown, part, config.eval_fraction if shared else None, samples, kind, columns, version)
 
 
 def _load_arguments(field: str, name: str) -> dict:
@@ -134,7 +130,7 @@ def documents_of(source: Source) -> Iterator[Document]:
     is held out, so this does not change when rows are appended. Of a single text the end is held out.
 
     Raises:
-        UsageError: a sample has something else than a text or a conversation in its columns (with its row).
+        UsageError: a sample has something else than a text or a conversation in its columns.
     """
     samples, held_out, is_eval = source.samples, source.held_out, source.part == "eval"
 
@@ -163,10 +159,7 @@ def _document(sample: dict, row: int, source: Source) -> Document:
     if source.kind == "texts":
         (column,) = source.columns
         if not isinstance(sample[column], str):
-            raise UsageError(
-                f"{where} has no text in column {column!r} (found: {type(sample[column]).__name__}): "
-                "name the column of texts with --text_column, or remove such rows"
-            )
+            raise UsageError(f"{where} has {sample[column]!r:.100} in column {column!r}: remove rows without text")
         return Document(row, sample[column])
     messages, learn_from = [], 0
     for column, role in zip(source.columns, ("user", "assistant"), strict=False):
@@ -186,7 +179,7 @@ def _check_message(value: Any, where: str) -> dict:
         message.setdefault("content", "")
     if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
         raise UsageError(
-            f"{where} has no message with role and content (found: {value!r:.100}): write a list of "
+            f"{where} has {value!r:.100}, expected a list of messages: "
             f'{{"role": "user", "content": "text"}}, with the roles {", ".join(ROLES)}'
         )
     return message
