@@ -11,7 +11,6 @@ import re
 import signal
 import sys
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
@@ -36,11 +35,9 @@ def tokenize(documents: Iterable[Document], num_proc: int | None, *job) -> Itera
     # A fork imports nothing and copies no tokenizer. It is safe, since these processes do not use torch or its threads.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     with ProcessPoolExecutor(num_proc, context, _start_process, job) as pool:  # it starts with the first block
-        submitted = (pool.submit(_make_rows, block) for block in blocks)
-        pending = deque(itertools.islice(submitted, 4 * num_proc))  # limits memory, and what is tokenised in vain
-        while pending:
-            yield from pending.popleft().result()
-            pending.extend(itertools.islice(submitted, 1))
+        while window := list(itertools.islice(blocks, 16 * num_proc)):  # map submits all that it gets
+            for made in pool.map(_make_rows, window):
+                yield from made
 
 
 def _start_process(*job) -> None:
@@ -68,14 +65,23 @@ def make_rows(
     conversation, those of the rendered chat template. Token s is the input whose label is token s + 1, so n tokens give
     n - 1 pairs. Where a text is split, the last label of a piece is the first input of the next: no label is lost.
 
+    Args:
+        documents: all texts, or all conversations.
+
     Returns:
         For each document its rows, as int32 arrays, and whether it was longer than max_length. A document without a
         token to learn has no rows.
     """
-    are_texts = documents[0].messages is None  # all are of one kind
-    mode = truncation_mode or ("split" if are_texts else "keep_start")
+    if documents[0].messages is None:
+        mode = truncation_mode or "split"
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        encoded = tokenizer([document.text for document in documents], return_attention_mask=False, verbose=False)
+        tokenized = [(ids if ids[-1:] == end else ids + end, True) for ids in encoded["input_ids"]]
+    else:
+        mode = truncation_mode or "keep_start"
+        tokenized = tokenize_conversations(documents, tokenizer)
     made = []
-    for ids, learned in (_tokenize_texts if are_texts else tokenize_conversations)(documents, tokenizer):
+    for ids, learned in tokenized:
         ids = np.array(ids, dtype=np.int32)
         inputs, labels = ids[:-1], np.where(learned, ids, np.int32(IGNORE_INDEX))[1:]  # the causal shift
         too_long = len(inputs) > max_length
@@ -93,14 +99,6 @@ def make_rows(
                 rows.append({"input_ids": inputs[piece], "labels": labels[piece], "position_ids": positions})
         made.append((rows, too_long))
     return made
-
-
-def _tokenize_texts(documents: list[Document], tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    texts = [document.text for document in documents]
-    for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
-        ids = ids if ids[-1:] == end else ids + end
-        yield ids, [True] * len(ids)
 
 
 def tokenize_conversations(documents: list[Document], tokenizer) -> Iterator[tuple[list[int], np.ndarray]]:

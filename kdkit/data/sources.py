@@ -78,7 +78,7 @@ def open_source(config: DistillConfig, part: str) -> Source:
         columns = list(next(iter(samples), {}))
         version = load_dataset_builder(**arguments).cache_dir if config.streaming else samples._fingerprint
     except loading_errors() as error:
-        reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        reason = (isinstance(error, DatasetGenerationError) and error.__cause__) or error
         remedy = "JSON Lines have one object per line; other fields are --dataset_config and --dataset_split"
         raise explain(field, name, reason, remedy) from error
     shown = f"{field} {name}, split {split}"
