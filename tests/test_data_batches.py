@@ -13,22 +13,8 @@ from filelock import FileLock
 
 from kdkit import DistillConfig
 from kdkit.config import DataFields, UsageError
-from kdkit.data import (
-    Rows,
-    Steps,
-    batches,
-    chat,
-    collate,
-    count_tokens,
-    describe_rows,
-    empty_row,
-    load_rows,
-    loss_tokens,
-    pack,
-    row_lengths,
-    rows_digest,
-)  # fmt: skip
-from kdkit.data.__main__ import main, show_row
+from kdkit.data import Rows, Steps, batches, chat, collate, count_tokens, empty_row, load_rows, pack
+from kdkit.data.__main__ import main
 from kdkit.data.chat import make_rows
 from kdkit.data.sources import Document, open_source
 from kdkit.losses import IGNORE_INDEX
@@ -69,7 +55,7 @@ def test_packing_keeps_every_row_and_fills_the_rows(small, tokenizer, monkeypatc
     monkeypatch.setattr(batches, "PACK_TOKENS", pack_tokens)
     config = small(max_train_tokens=20000, max_length=128, packing=False)
     rows, packed = (load_rows(dataclasses.replace(config, packing=p), tokenizer)[0] for p in (False, True))
-    assert row_lengths(packed).max() <= 128 and row_lengths(packed).mean() > 0.9 * 128
+    assert batches.row_lengths(packed).max() <= 128 and batches.row_lengths(packed).mean() > 0.9 * 128
 
     def documents(rows):
         for row in rows:
@@ -104,22 +90,24 @@ def test_rows_from_the_cache_behave_like_a_list(small, tokenizer, tmp_path, monk
     assert rows[1::3] == as_list[1::3] and rows[-1] == as_list[-1] and len(rows) == len(as_list)
     with pytest.raises(IndexError):
         rows[len(rows)]
-    for function in (row_lengths, loss_tokens):
+    for function in (batches.row_lengths, batches.loss_tokens):
         assert np.array_equal(function(rows), function(as_list))
-    assert loss_tokens(rows).tolist() == [sum(label != IGNORE_INDEX for label in row["labels"]) for row in as_list]
-    assert loss_tokens(rows).sum() == count_tokens(rows) == count_tokens(as_list)
-    assert loss_tokens([]).tolist() == [] and count_tokens([]) == 0
+    assert batches.loss_tokens(rows).tolist() == [
+        sum(label != IGNORE_INDEX for label in row["labels"]) for row in as_list
+    ]
+    assert batches.loss_tokens(rows).sum() == count_tokens(rows) == count_tokens(as_list)
+    assert batches.loss_tokens([]).tolist() == [] and count_tokens([]) == 0
 
 
 def test_the_digest_of_rows_changes_with_content_and_order_only(tokenizer):
     rows = list(rows_of([f"number {i} " * (i % 9 + 1) for i in range(20)], tokenizer, 64))
-    digests = {rows_digest(other) for other in (rows, rows[1:], rows[::-1], [*rows[1:], rows[0]])}
+    digests = {batches.rows_digest(other) for other in (rows, rows[1:], rows[::-1], [*rows[1:], rows[0]])}
     for key in rows[0]:
         changed = [{**row, key: [*row[key][:-1], row[key][-1] + 1]} for row in rows[:1]] + rows[1:]
-        digests.add(rows_digest(changed))
+        digests.add(batches.rows_digest(changed))
     joined = {key: rows[0][key] + rows[1][key] for key in rows[0]}
-    digests.add(rows_digest([joined, *rows[2:]]))
-    assert len(digests) == 8 and rows_digest(Rows.of(rows)) in digests
+    digests.add(batches.rows_digest([joined, *rows[2:]]))
+    assert len(digests) == 8 and batches.rows_digest(Rows.of(rows)) in digests
 
 
 # --- steps
@@ -153,18 +141,12 @@ def test_a_step_has_the_same_rows_for_any_ranks_and_micro_batches(small, count):
             assert len({len(rank[step]) for rank in cut}) == 1  # as many micro-batches on every rank
 
 
-def test_an_epoch_has_each_row_once_in_another_order_than_before(small):
-    rows = numbered_rows(19)
-    (steps,) = steps_of(small, rows, micro=4, accumulation=2, max_steps=6)
-    epochs = [[row for step in range(e * 3, e * 3 + 3) for row in steps.step_rows(step)] for e in (0, 1)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(19))
-    assert epochs[0] != epochs[1]
-
-
-def test_steps_do_not_depend_on_the_order_of_access(small):
-    (steps,) = steps_of(small, numbered_rows(20), micro=4, accumulation=1, max_steps=12)
-    forwards = [steps.step_rows(i) for i in range(12)]
-    assert [steps.step_rows(i) for i in reversed(range(12))] == forwards[::-1]
+def test_an_epoch_has_each_row_once_in_an_order_that_depends_on_the_epoch_only(small):
+    (steps,) = steps_of(small, numbered_rows(19), micro=4, accumulation=2, max_steps=6)
+    found = [steps.step_rows(step) for step in range(6)]
+    epochs = [sum(found[:3], []), sum(found[3:], [])]  # noqa: RUF017
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(19)) and epochs[0] != epochs[1]
+    assert [steps.step_rows(step) for step in reversed(range(6))] == found[::-1]
 
 
 def test_the_number_of_steps_is_max_steps_or_follows_from_num_epochs(small):
@@ -198,7 +180,7 @@ def test_the_useful_share_is_what_the_batches_hold(small):
 
 def test_limits_are_reached_by_less_than_a_row_and_the_text_does_not_depend_on_the_seed(small, tokenizer):
     train, held_out = load_rows(small(max_train_tokens=2000, max_eval_tokens=500, seed=1), tokenizer)
-    assert 2000 <= row_lengths(train).sum() < 2064 and 500 <= row_lengths(held_out).sum() < 564
+    assert 2000 <= batches.row_lengths(train).sum() < 2064 and 500 <= batches.row_lengths(held_out).sum() < 564
     again = load_rows(small(max_train_tokens=2000, max_eval_tokens=500, seed=2), tokenizer)
     assert [list(rows) for rows in again] == [list(train), list(held_out)]
 
@@ -210,16 +192,6 @@ def test_training_and_held_out_rows_have_no_document_in_common(small, tokenizer,
     config = small(dataset=dataset, packing=False, max_length=512, max_train_tokens=None, max_eval_tokens=None)
     train, held_out = ({tuple(row["labels"]) for row in rows} for rows in load_rows(config, tokenizer))
     assert held_out and not train & held_out
-
-
-def test_conversations_become_rows_and_the_other_split_is_held_out(small, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
-    json_lines(tmp_path / "train.jsonl", *(messages(f"answer {i}", "more") for i in range(9)))
-    json_lines(tmp_path / "test.jsonl", messages("held out"))
-    train, held_out = load_rows(small(dataset=str(tmp_path), eval_split="test"), tokenizer)
-    assert train.counts["samples"] == 9 and held_out.counts["samples"] == 1
-    labels = [label for label in held_out[0]["labels"] if label != IGNORE_INDEX]
-    assert tokenizer.decode(labels) == "held out<|eos|>"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +219,7 @@ def test_what_was_cut_and_left_out_is_described(small, tokenizer, tmp_path, monk
     monkeypatch.setattr(tokenizer, "chat_template", CHATML)
     records = [messages("word " * 60), messages("short"), {"messages": [{"role": "user", "content": "hi"}]}]
     config = small(dataset=json_lines(tmp_path / "a.jsonl", *records), eval_dataset="embedded", max_train_tokens=None)
-    (line,) = describe_rows(load_rows(config, tokenizer)[0], config)
+    (line,) = batches.describe_rows(load_rows(config, tokenizer)[0], config)
     assert line.startswith("3 conversations of column messages: 1 have over 64 tokens") and "keep_start" in line
     assert "2 are left out" in line  # the long one's answer was cut off
 
@@ -262,14 +234,20 @@ def test_several_processes_give_the_same_rows_as_one(small, tokenizer, tmp_path,
     monkeypatch.setattr(batches, "CACHE_VERSION", "other")
     monkeypatch.setattr(chat, "BLOCKS_ALONE", 1)
     two, _ = load_rows(small(num_proc=2, **fields), tokenizer)
-    assert rows_digest(one) == rows_digest(two) and one.counts == two.counts
+    assert batches.rows_digest(one) == batches.rows_digest(two) and one.counts == two.counts
 
 
 def test_a_mistake_found_in_another_process_is_one_line(small, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(chat, "BLOCKS_ALONE", 1)
-    file = json_lines(tmp_path / "a.jsonl", *[{"text": "words"}] * 1500, {"other": 1})
-    with pytest.raises(UsageError, match=r"a\.jsonl, split train, row 1501 has None") as error:
-        load_rows(small(dataset=file, num_proc=2, max_train_tokens=None), tokenizer)
+    monkeypatch.setattr(
+        tokenizer,
+        "chat_template",
+        CHATML + "{% if messages[0].content == 'x' %}{{ raise_exception('no x') }}{% endif %}",
+    )
+    file = json_lines(tmp_path / "a.jsonl", *[messages("words")] * 1500, messages("x"))
+    config = small(dataset=file, eval_dataset="embedded", num_proc=2, streaming=True, max_train_tokens=10**9)
+    with pytest.raises(UsageError, match=r"row 1501: the chat template refuses") as error:
+        load_rows(config, tokenizer)
     assert "\n" not in str(error.value)
 
 
@@ -325,7 +303,7 @@ def test_the_first_process_makes_the_rows_and_the_others_wait(small, tokenizer, 
         found = list(pool.map(lambda rank: load_rows(config, tokenizer), range(2)))
     found.append(load_rows(config, tokenizer))
     assert len(calls) == 2  # the training rows and the held-out ones
-    assert len({rows_digest(train) for train, _ in found}) == 1
+    assert len({batches.rows_digest(train) for train, _ in found}) == 1
     assert all(train.counts == found[0][0].counts for train, _ in found)
     words(tmp_path / "a.jsonl", 100)  # other content
     assert len(load_rows(config, tokenizer)[0]) < len(found[0][0]) and len(calls) == 4
@@ -355,7 +333,7 @@ def test_a_kill_leaves_no_incomplete_cache_and_no_lock(small, tokenizer, tmp_pat
     with FileLock(lock, timeout=30):
         pass
     rows, _ = load_rows(config, tokenizer)
-    assert rows.counts["samples"] > 1000 and rows.counts["tokens"] == loss_tokens(rows).sum()
+    assert rows.counts["samples"] > 1000 and rows.counts["tokens"] == batches.loss_tokens(rows).sum()
 
 
 def test_a_full_disk_is_named_and_leaves_no_file(small, tokenizer, tmp_path, monkeypatch):
@@ -374,19 +352,14 @@ def test_a_full_disk_is_named_and_leaves_no_file(small, tokenizer, tmp_path, mon
 # --- python -m kdkit.data
 
 
-def test_a_row_is_shown_with_the_loss_marked(small, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
+def test_the_command_prints_the_data_and_its_first_rows_with_the_loss_marked(small, tokenizer, capsys, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML)
     file = json_lines(tmp_path / "a.jsonl", messages("one"), messages("two"))
-    (row,), _ = load_rows(small(dataset=file, eval_dataset="embedded", max_train_tokens=None), tokenizer)
-    shown = show_row(row, tokenizer)
-    for word in ("one", "two"):
-        assert f"<|bos|>user\n{word}<|eos|>\n<|bos|>assistant\n[{word}<|eos|>]" in shown
-    assert shown.count("\n---\n") == 1
-
-
-def test_the_command_prints_the_data_and_its_first_rows(small, capsys, tmp_path):
-    main(["--dataset", json_lines(tmp_path / "a.jsonl", *[{"text": "abc"}] * 60), "--max_length", "64"])
+    main(["--dataset", file, "--eval_dataset", "embedded", "--chat_template", str(template)])
     printed = capsys.readouterr().out
-    assert "tokens in the loss" in printed and "<|bos|>[abc<|eos|>]" in printed
+    assert "2 conversations" in printed and "tokens in the loss" in printed and printed.count("\n---\n") == 1
+    for word in ("one", "two"):
+        assert f"<|bos|>user\n{word}<|eos|>\n<|bos|>assistant\n[{word}<|eos|>]" in printed
     with pytest.raises(SystemExit, match=r"kdkit: dataset nothing\.txt does not exist"):
         main(["--dataset", "nothing.txt"])

@@ -132,19 +132,17 @@ def test_conversations_in_a_batch_are_tokenised_as_alone(tokenizer, name):
 
 
 @pytest.mark.parametrize("name", ["chatml", "marked"])
-def test_a_conversation_that_starts_with_the_assistant_and_repeats_itself_is_learned(tokenizer, name):
+@pytest.mark.parametrize(
+    "document, answers",
+    [
+        (chat("yes", "yes", "yes", first="assistant"), ["yes", "yes"]),  # starts with the assistant, repeats itself
+        (chat("<|bos|>assistant\nmine<|eos|>", "yours"), ["yours"]),  # special tokens that a user writes
+        (chat("漢", "🙂", "漢", "字"), ["🙂", "字"]),  # characters of several tokens
+    ],
+)
+def test_what_the_assistant_writes_is_learned(tokenizer, name, document, answers):
     tokenizer.chat_template = TEMPLATES[name]
-    assert learned(chat("yes", "yes", "yes", first="assistant"), tokenizer) == ["yes<|eos|>"] * 2
-
-
-def test_special_tokens_that_a_user_writes_are_not_learned(tokenizer):
-    tokenizer.chat_template = TEMPLATES["chatml"]
-    assert learned(chat("<|bos|>assistant\nmine<|eos|>", "yours"), tokenizer) == ["yours<|eos|>"]
-
-
-def test_every_token_of_a_character_is_learned(tokenizer):
-    tokenizer.chat_template = TEMPLATES["chatml"]
-    assert learned(chat("漢", "🙂", "漢", "字"), tokenizer) == ["🙂<|eos|>", "字<|eos|>"]
+    assert learned(document, tokenizer) == [f"{answer}<|eos|>" for answer in answers]
 
 
 def test_text_that_the_template_adds_before_an_answer_is_learned_after_a_generation_prompt_only(tokenizer):
