@@ -61,9 +61,6 @@ def learned(document, tokenizer):
     return [tokenizer.decode([token for token, _ in run]) for is_learned, run in runs if is_learned]
 
 
-# --- texts
-
-
 def test_make_rows_gives_each_token_as_the_label_of_the_one_before(tokenizer):
     (row,) = rows_of(texts("def f(): pass"), tokenizer, 64)
     ids = tokenizer("def f(): pass")["input_ids"] + [tokenizer.eos_token_id]
@@ -98,14 +95,6 @@ def test_make_rows_cuts_a_long_text_as_configured(tokenizer, mode, pieces):
     for key in ("input_ids", "labels"):  # with "split" every label is kept
         assert [row[key].tolist() for row in rows] == [complete[key][piece] for piece in pieces]
     assert all(row["position_ids"].tolist() == list(range(len(row["labels"]))) for row in rows)
-
-
-def test_make_rows_of_a_text_without_a_label_gives_no_row(tokenizer):
-    tokenizer.backend_tokenizer.post_processor = None  # no <|bos|>: an empty text has the end token only
-    assert [len(rows) for rows, _ in make_rows(texts("", "words", ""), tokenizer, 64)] == [0, 1, 0]
-
-
-# --- conversations
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -150,14 +139,6 @@ def test_text_that_the_template_adds_before_an_answer_is_learned_after_a_generat
     assert learned(chat("one", "two"), tokenizer) == ["(hm)two<|eos|>"]
     tokenizer.chat_template = THINKING
     assert learned(chat("one", "two"), tokenizer) == ["two<|eos|>"]
-
-
-def test_labels_of_a_conversation_are_shifted_once(tokenizer):
-    tokenizer.chat_template = TEMPLATES["chatml"]
-    ((ids, mask),) = tokenize_conversations([chat("one", "two")], tokenizer)
-    (row,) = rows_of([chat("one", "two")], tokenizer, 64)
-    assert row["input_ids"] == ids[:-1]
-    assert row["labels"] == [token if learned else IGNORE_INDEX for token, learned in zip(ids, mask, strict=True)][1:]
 
 
 def test_a_conversation_that_is_cut_before_the_answer_gives_no_row(tokenizer):

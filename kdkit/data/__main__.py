@@ -7,7 +7,7 @@ import itertools
 import sys
 
 from kdkit.config import UsageError, load_config
-from kdkit.data.batches import Steps, count_tokens, describe_rows, load_rows
+from kdkit.data.batches import count_tokens, describe_rows, load_rows
 from kdkit.losses import IGNORE_INDEX
 from kdkit.models import load_tokenizer
 
@@ -34,13 +34,8 @@ def main(argv: list[str] | None = None) -> None:
         train_rows, eval_rows = load_rows(config, tokenizer)
     except UsageError as error:
         sys.exit(f"kdkit: {error}")
-    steps = Steps(train_rows, config, tokenizer.pad_token_id)
-    print(
-        f"{config.dataset}: {len(train_rows):,} rows, {count_tokens(train_rows):,} tokens in the loss "
-        f"({steps.useful_share():.0%} of the positions); held out {count_tokens(eval_rows):,}",
-        *describe_rows(train_rows, config),
-        sep="\n",
-    )
+    print(f"{config.dataset}: {len(train_rows):,} rows, {count_tokens(train_rows):,} tokens in the loss", end="; ")
+    print(f"{count_tokens(eval_rows):,} held-out tokens", *describe_rows(train_rows, config), sep="\n")
     for index, row in enumerate(train_rows[:3]):
         print(f"\n=== row {index} ===\n{show_row(row, tokenizer)}")
 

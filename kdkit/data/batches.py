@@ -132,7 +132,8 @@ def cache_folder(source: Source, config: DistillConfig, tokenizer) -> Path:
     import datasets
 
     ignored = ("eval_", "max_eval_") if source.part == "train" else ()  # tokenised once for all ways to evaluate
-    fields = [field.name for field in dataclasses.fields(DataFields) if not field.metadata.get("may_change")]
+    names = [field.name for field in dataclasses.fields(DataFields) if not field.metadata.get("may_change")]
+    fields = {name: getattr(config, name) for name in names if not name.startswith(ignored)}
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # each call sets these two again, so they say nothing about rows
         tokenizer.backend_tokenizer.no_padding()
@@ -141,9 +142,8 @@ def cache_folder(source: Source, config: DistillConfig, tokenizer) -> Path:
         model = sorted(tokenizer.get_vocab().items())
     options = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token", "split_special_tokens")]
     key = [
-        CACHE_VERSION, source._replace(samples=None),
-        {name: getattr(config, name) for name in fields if not name.startswith(ignored)},
-        type(tokenizer).__name__, model, options, tokenizer.special_tokens_map, tokenizer.chat_template,
+        CACHE_VERSION, source._replace(samples=None), fields, type(tokenizer).__name__, model, options,
+        tokenizer.special_tokens_map, tokenizer.chat_template,
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:32]
     return Path(datasets.config.HF_DATASETS_CACHE, "kdkit", name)
@@ -203,8 +203,7 @@ def _up_to(rows: Iterator[dict], limit: float) -> Iterator[dict]:
 
 def describe_rows(rows: Sequence[dict], config: DistillConfig) -> list[str]:
     """Return lines that say what was read, and how many samples were cut or left out."""
-    counts = Rows.of(rows).counts
-    mode = config.truncation_mode or "split if texts, keep_start if conversations"
+    counts, mode = Rows.of(rows).counts, config.truncation_mode or "split if texts, keep_start if conversations"
     return [
         f"{counts['samples']:,} {counts['kind']}: {counts['too_long']:,} have over {config.max_length:,} tokens "
         f"({mode}); {counts['dropped']:,} are left out, as they have no token in the loss"
@@ -271,10 +270,10 @@ def collate(rows: Sequence[dict], pad_token_id: int, length: int | None = None) 
     The padding is a document of its own (positions from 0) without labels. Only its labels mark it: its token id can
     be the one of the end of text, which is learned.
     """
-    length = length or max(len(row["input_ids"]) for row in rows)
+    length = length or max(len(row["labels"]) for row in rows)
     batch = {key: [] for key in KEYS}
     for row in rows:
-        padding = length - len(row["input_ids"])
+        padding = length - len(row["labels"])
         batch["input_ids"].append([*row["input_ids"], *[pad_token_id] * padding])
         batch["labels"].append([*row["labels"], *[IGNORE_INDEX] * padding])
         batch["position_ids"].append([*row["position_ids"], *range(padding)])

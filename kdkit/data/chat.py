@@ -21,7 +21,7 @@ from kdkit.data.sources import Document
 from kdkit.losses import IGNORE_INDEX
 
 BLOCK = 200  # documents that are tokenised together
-BLOCKS_ALONE = 10  # tokenised before other processes are started, which takes longer for less
+BLOCKS_ALONE = 5  # tokenised before other processes are started, which takes longer for less
 
 
 def tokenize(documents: Iterable[Document], num_proc: int | None, *job) -> Iterator[tuple[list[dict], bool]]:

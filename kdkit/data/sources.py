@@ -54,11 +54,9 @@ def open_source(config: DistillConfig, part: str) -> Source:
         UsageError: the data cannot be loaded or parsed, has no such split, is empty, has none of the configured
             columns, or is to be both trained and evaluated on.
     """
-    from datasets import config as settings
-    from datasets import load_dataset, load_dataset_builder
-    from datasets.exceptions import DatasetGenerationError
+    import datasets
 
-    settings.HF_UPDATE_DOWNLOAD_COUNTS = False  # a request to a server, even for a local file
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a request to a server, even for a local file
     field, name, split = "dataset", config.dataset, config.dataset_split
     eval_dataset = config.eval_dataset or name
     eval_split = config.eval_split or ("test" if eval_dataset == "embedded" else split)
@@ -74,11 +72,11 @@ def open_source(config: DistillConfig, part: str) -> Source:
     if name == config.dataset:  # another eval_dataset has no such configuration
         arguments["name"] = config.dataset_config
     try:
-        samples = load_dataset(**arguments, split=split, streaming=config.streaming)
+        samples = datasets.load_dataset(**arguments, split=split, streaming=config.streaming)
         columns = list(next(iter(samples), {}))
-        version = load_dataset_builder(**arguments).cache_dir if config.streaming else samples._fingerprint
+        version = datasets.load_dataset_builder(**arguments).cache_dir if config.streaming else samples._fingerprint
     except loading_errors() as error:
-        reason = (isinstance(error, DatasetGenerationError) and error.__cause__) or error
+        reason = (isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__) or error
         remedy = "JSON Lines have one object per line; other fields are --dataset_config and --dataset_split"
         raise explain(field, name, reason, remedy) from error
     shown = f"{field} {name}, split {split}"
