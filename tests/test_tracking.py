@@ -78,10 +78,8 @@ def serve(mode: str = "answers"):
 def program(server, home: Path, *command: str, key: str = KEY) -> str:
     """What a Python program prints whose wandb client is logged in at the server."""
     variables = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": key, "HOME": str(home),
-                 "WANDB_INIT_TIMEOUT": "2", "WANDB_FINISH_TIMEOUT": "3"}  # fmt: skip
-    # without the other variables of wandb: a client in this process leaves the address of its service in one
-    inherited = {name: value for name, value in environment().items() if not name.startswith("WANDB")}
-    variables = {name: value for name, value in {**inherited, **variables}.items() if value}
+                 "WANDB_INIT_TIMEOUT": "2", "WANDB_FINISH_TIMEOUT": "3", "WANDB_MODE": ""}  # fmt: skip
+    variables = {name: value for name, value in environment(**variables).items() if value}
     run = subprocess.run(
         [sys.executable, *command], env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True,
         timeout=LIMIT,
