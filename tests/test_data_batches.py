@@ -1,39 +1,26 @@
 import dataclasses
-import json
 import multiprocessing
 import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from helpers import json_lines
 
 from kdkit import DistillConfig
 from kdkit.config import DataFields, UsageError
-from kdkit.data import (
-    Rows,
-    Steps,
-    batches,
-    chat,
-    collate,
-    count_tokens,
-    describe_rows,
-    empty_row,
-    load_rows,
-    loss_tokens,
-    pack,
-    row_lengths,
-    rows_digest,
-)  # fmt: skip
-from kdkit.data.__main__ import main, show_row
+from kdkit.data import Rows, Steps, batches, chat, collate, count_tokens, empty_row, load_rows, pack
+from kdkit.data.__main__ import main
 from kdkit.data.chat import make_rows
 from kdkit.data.sources import Document, open_source
 from kdkit.losses import IGNORE_INDEX
 from kdkit.models import BodyAndHead, load_teacher, load_tokenizer
+from kdkit.running import files
 
 CHATML = "{% for m in messages %}<|bos|>{{ m['role'] }}\n{{ m['content'] }}<|eos|>\n{% endfor %}"
 
@@ -48,20 +35,12 @@ def rows_of(texts, tokenizer, max_length):
     return Rows.of([row for rows, _ in make_rows(documents, tokenizer, max_length) for row in rows])
 
 
-def json_lines(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
-
-
 def words(path, count=200):
-    return json_lines(path, *({"text": f"text number {i} " * (i % 7 + 1)} for i in range(count)))
+    return str(json_lines(path, *({"text": f"text number {i} " * (i % 7 + 1)} for i in range(count))))
 
 
 def messages(*answers):
     return {"messages": [{"role": r, "content": c} for c in answers for r in ("user", "assistant")]}
-
-
-# --- rows
 
 
 @pytest.mark.parametrize("pack_tokens", [10**6, 500])
@@ -69,7 +48,7 @@ def test_packing_keeps_every_row_and_fills_the_rows(small, tokenizer, monkeypatc
     monkeypatch.setattr(batches, "PACK_TOKENS", pack_tokens)
     config = small(max_train_tokens=20000, max_length=128, packing=False)
     rows, packed = (load_rows(dataclasses.replace(config, packing=p), tokenizer)[0] for p in (False, True))
-    assert row_lengths(packed).max() <= 128 and row_lengths(packed).mean() > 0.9 * 128
+    assert batches.row_lengths(packed).max() <= 128 and batches.row_lengths(packed).mean() > 0.9 * 128
 
     def documents(rows):
         for row in rows:
@@ -104,25 +83,24 @@ def test_rows_from_the_cache_behave_like_a_list(small, tokenizer, tmp_path, monk
     assert rows[1::3] == as_list[1::3] and rows[-1] == as_list[-1] and len(rows) == len(as_list)
     with pytest.raises(IndexError):
         rows[len(rows)]
-    for function in (row_lengths, loss_tokens):
+    for function in (batches.row_lengths, batches.loss_tokens):
         assert np.array_equal(function(rows), function(as_list))
-    assert loss_tokens(rows).tolist() == [sum(label != IGNORE_INDEX for label in row["labels"]) for row in as_list]
-    assert loss_tokens(rows).sum() == count_tokens(rows) == count_tokens(as_list)
-    assert loss_tokens([]).tolist() == [] and count_tokens([]) == 0
+    assert batches.loss_tokens(rows).tolist() == [
+        sum(label != IGNORE_INDEX for label in row["labels"]) for row in as_list
+    ]
+    assert batches.loss_tokens(rows).sum() == count_tokens(rows) == count_tokens(as_list)
+    assert batches.loss_tokens([]).tolist() == [] and count_tokens([]) == 0
 
 
 def test_the_digest_of_rows_changes_with_content_and_order_only(tokenizer):
     rows = list(rows_of([f"number {i} " * (i % 9 + 1) for i in range(20)], tokenizer, 64))
-    digests = {rows_digest(other) for other in (rows, rows[1:], rows[::-1], [*rows[1:], rows[0]])}
+    digests = {batches.rows_digest(other) for other in (rows, rows[1:], rows[::-1], [*rows[1:], rows[0]])}
     for key in rows[0]:
         changed = [{**row, key: [*row[key][:-1], row[key][-1] + 1]} for row in rows[:1]] + rows[1:]
-        digests.add(rows_digest(changed))
+        digests.add(batches.rows_digest(changed))
     joined = {key: rows[0][key] + rows[1][key] for key in rows[0]}
-    digests.add(rows_digest([joined, *rows[2:]]))
-    assert len(digests) == 8 and rows_digest(Rows.of(rows)) in digests
-
-
-# --- steps
+    digests.add(batches.rows_digest([joined, *rows[2:]]))
+    assert len(digests) == 8 and batches.rows_digest(Rows.of(rows)) in digests
 
 
 def numbered_rows(count):
@@ -153,18 +131,12 @@ def test_a_step_has_the_same_rows_for_any_ranks_and_micro_batches(small, count):
             assert len({len(rank[step]) for rank in cut}) == 1  # as many micro-batches on every rank
 
 
-def test_an_epoch_has_each_row_once_in_another_order_than_before(small):
-    rows = numbered_rows(19)
-    (steps,) = steps_of(small, rows, micro=4, accumulation=2, max_steps=6)
-    epochs = [[row for step in range(e * 3, e * 3 + 3) for row in steps.step_rows(step)] for e in (0, 1)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(19))
-    assert epochs[0] != epochs[1]
-
-
-def test_steps_do_not_depend_on_the_order_of_access(small):
-    (steps,) = steps_of(small, numbered_rows(20), micro=4, accumulation=1, max_steps=12)
-    forwards = [steps.step_rows(i) for i in range(12)]
-    assert [steps.step_rows(i) for i in reversed(range(12))] == forwards[::-1]
+def test_an_epoch_has_each_row_once_in_an_order_that_depends_on_the_epoch_only(small):
+    (steps,) = steps_of(small, numbered_rows(19), micro=4, accumulation=2, max_steps=6)
+    found = [steps.step_rows(step) for step in range(6)]
+    epochs = [sum(found[:3], []), sum(found[3:], [])]  # noqa: RUF017
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(19)) and epochs[0] != epochs[1]
+    assert [steps.step_rows(step) for step in reversed(range(6))] == found[::-1]
 
 
 def test_the_number_of_steps_is_max_steps_or_follows_from_num_epochs(small):
@@ -193,12 +165,9 @@ def test_the_useful_share_is_what_the_batches_hold(small):
     assert ranks[0].useful_share() == pytest.approx(share)
 
 
-# --- the rows of a run
-
-
 def test_limits_are_reached_by_less_than_a_row_and_the_text_does_not_depend_on_the_seed(small, tokenizer):
     train, held_out = load_rows(small(max_train_tokens=2000, max_eval_tokens=500, seed=1), tokenizer)
-    assert 2000 <= row_lengths(train).sum() < 2064 and 500 <= row_lengths(held_out).sum() < 564
+    assert 2000 <= batches.row_lengths(train).sum() < 2064 and 500 <= batches.row_lengths(held_out).sum() < 564
     again = load_rows(small(max_train_tokens=2000, max_eval_tokens=500, seed=2), tokenizer)
     assert [list(rows) for rows in again] == [list(train), list(held_out)]
 
@@ -212,22 +181,12 @@ def test_training_and_held_out_rows_have_no_document_in_common(small, tokenizer,
     assert held_out and not train & held_out
 
 
-def test_conversations_become_rows_and_the_other_split_is_held_out(small, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
-    json_lines(tmp_path / "train.jsonl", *(messages(f"answer {i}", "more") for i in range(9)))
-    json_lines(tmp_path / "test.jsonl", messages("held out"))
-    train, held_out = load_rows(small(dataset=str(tmp_path), eval_split="test"), tokenizer)
-    assert train.counts["samples"] == 9 and held_out.counts["samples"] == 1
-    labels = [label for label in held_out[0]["labels"] if label != IGNORE_INDEX]
-    assert tokenizer.decode(labels) == "held out<|eos|>"
-
-
 @pytest.mark.parametrize(
     "records, fields, message",
     [
-        ([{"messages": [{"role": "user", "content": "hi"}]}] * 40, {}, "nothing to learn: of 3. samples, 3. have no"),
-        ([{"text": ""}] * 40, {}, "nothing to learn: of 3. samples, 3. have no"),
-        ([{"text": "a b"}] * 2, {"eval_fraction": 0.01}, r"nothing to evaluate on: of 0 samples.*\(now 0\.01\)"),
+        ([{"messages": [{"role": "user", "content": "hi"}]}] * 40, {}, "nothing to learn .3. .*; 3. are left out"),
+        ([{"text": ""}] * 40, {}, "nothing to learn .3. .*; 3. are left out"),
+        ([{"text": "a b"}] * 2, {"eval_fraction": 0.01}, r"nothing to evaluate on .0 texts.*\(now 0\.01\)"),
     ],
 )
 def test_data_without_a_row_is_refused(small, tokenizer, tmp_path, monkeypatch, records, fields, message):
@@ -235,25 +194,23 @@ def test_data_without_a_row_is_refused(small, tokenizer, tmp_path, monkeypatch, 
     monkeypatch.setattr(tokenizer.backend_tokenizer, "post_processor", None)
     file = json_lines(tmp_path / "a.jsonl", *records)
     with pytest.raises(UsageError, match=rf"a\.jsonl, split train has {message}"):
-        load_rows(small(dataset=file, **fields), tokenizer)
+        load_rows(small(dataset=str(file), **fields), tokenizer)
 
 
 def test_conversations_for_a_tokenizer_without_a_template_are_refused(small, tokenizer, tmp_path):
-    with pytest.raises(UsageError, match=r"a\.jsonl.*has conversations.*no chat template"):
-        load_rows(small(dataset=json_lines(tmp_path / "a.jsonl", messages("x"))), tokenizer)
+    with pytest.raises(UsageError, match=r"a\.jsonl.*has conversations.*no fast tokenizer with a chat template"):
+        load_rows(small(dataset=str(json_lines(tmp_path / "a.jsonl", messages("x")))), tokenizer)
 
 
 def test_what_was_cut_and_left_out_is_described(small, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", CHATML)
     records = [messages("word " * 60), messages("short"), {"messages": [{"role": "user", "content": "hi"}]}]
-    config = small(dataset=json_lines(tmp_path / "a.jsonl", *records), eval_dataset="embedded", max_train_tokens=None)
-    columns, long, dropped = describe_rows(load_rows(config, tokenizer)[0], config)
-    assert columns == "conversations of column messages"
-    assert long.startswith("1 of 3 samples have over 64 tokens") and "keep_start" in long
-    assert dropped == "2 of 3 samples are left out: nothing in them to learn"  # the long one's answer was cut off
-
-
-# --- several processes
+    config = small(
+        dataset=str(json_lines(tmp_path / "a.jsonl", *records)), eval_dataset="embedded", max_train_tokens=None
+    )
+    (line,) = batches.describe_rows(load_rows(config, tokenizer)[0], config)
+    assert line.startswith("3 conversations of column messages: 1 have over 64 tokens") and "keep_start" in line
+    assert "2 are left out" in line  # the long one's answer was cut off
 
 
 @pytest.mark.parametrize("fields", [{}, {"streaming": True}, {"max_train_tokens": 4000}])
@@ -261,61 +218,48 @@ def test_several_processes_give_the_same_rows_as_one(small, tokenizer, tmp_path,
     fields = {"dataset": words(tmp_path / "a.jsonl", 1500), "max_train_tokens": 10**9, **fields}
     one, _ = load_rows(small(num_proc=1, **fields), tokenizer)
     monkeypatch.setattr(batches, "CACHE_VERSION", "other")
-    monkeypatch.setattr(chat, "SECONDS_ALONE", 0)
+    monkeypatch.setattr(chat, "BLOCKS_ALONE", 1)
     two, _ = load_rows(small(num_proc=2, **fields), tokenizer)
-    assert rows_digest(one) == rows_digest(two) and one.counts == two.counts
+    assert batches.rows_digest(one) == batches.rows_digest(two) and one.counts == two.counts
 
 
 def test_a_mistake_found_in_another_process_is_one_line(small, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS_ALONE", 0)
-    file = json_lines(tmp_path / "a.jsonl", *[{"text": "words"}] * 1500, {"other": 1})
-    with pytest.raises(UsageError, match=r"a\.jsonl, split train, row 1501 has no text") as error:
-        load_rows(small(dataset=file, num_proc=2, max_train_tokens=None), tokenizer)
+    monkeypatch.setattr(chat, "BLOCKS_ALONE", 1)
+    refuse = "{% if messages[0].content == 'x' %}{{ raise_exception('no x') }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML + refuse)
+    file = json_lines(tmp_path / "a.jsonl", *[messages("words")] * 1500, messages("x"))
+    config = small(dataset=str(file), eval_dataset="embedded", num_proc=2, streaming=True, max_train_tokens=10**9)
+    with pytest.raises(UsageError, match=r"row 1501: the chat template refuses") as error:
+        load_rows(config, tokenizer)
     assert "\n" not in str(error.value)
-
-
-# --- the cache
-
-
-def other_value(field, value):
-    """A valid value of a field that differs from `value`."""
-    if value is None and "int" in str(field.type):
-        return 7
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, (int, float)):
-        return value / 2 if isinstance(value, float) else value + 1
-    return f"other {value}"
 
 
 def test_every_field_of_the_data_changes_the_cache_and_evaluation_fields_only_the_held_out_rows(small, tokenizer):
     config = small(max_train_tokens=100)
     sources = [open_source(config, part)._replace(held_out=None) for part in ("train", "eval")]
-    before = [batches.cache_file(source, config, tokenizer) for source in sources]
+    before = [batches.cache_folder(source, config, tokenizer) for source in sources]
     for field in dataclasses.fields(DataFields):
-        changed = dataclasses.replace(config, **{field.name: other_value(field, getattr(config, field.name))})
-        after = [batches.cache_file(source, changed, tokenizer) for source in sources]
+        changed = SimpleNamespace(**{**vars(config), field.name: "other"})
+        after = [batches.cache_folder(source, changed, tokenizer) for source in sources]
         free, for_evaluation = field.metadata.get("may_change"), field.name.startswith(("eval_", "max_eval_"))
-        assert [a != b for a, b in zip(after, before, strict=True)] == [not free and not for_evaluation, not free], (
-            field
-        )
+        assert (after[0] != before[0], after[1] != before[1]) == (not free and not for_evaluation, not free), field
     train = sources[0]
     for other in (train._replace(held_out=0.08), train._replace(held_out=0.1), train._replace(fingerprint="x")):
-        assert batches.cache_file(other, config, tokenizer) not in before
+        assert batches.cache_folder(other, config, tokenizer) not in before
 
 
 @pytest.mark.parametrize("change", ["bos", "chat_template", "eos_token"])
 def test_another_tokenizer_changes_the_cache_and_a_call_of_it_does_not(small, change):
     tokenizer, config = load_tokenizer(DistillConfig()), small()
     source = open_source(config, "train")
-    before = batches.cache_file(source, config, tokenizer)
+    before = batches.cache_folder(source, config, tokenizer)
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=2)
-    assert batches.cache_file(source, config, tokenizer) == before
+    assert batches.cache_folder(source, config, tokenizer) == before
     if change == "bos":
         tokenizer.backend_tokenizer.post_processor = None
     else:
         setattr(tokenizer, change, "<|pad|>")
-    assert batches.cache_file(source, config, tokenizer) != before
+    assert batches.cache_folder(source, config, tokenizer) != before
 
 
 def test_the_first_process_makes_the_rows_and_the_others_wait(small, tokenizer, tmp_path, monkeypatch):
@@ -326,13 +270,13 @@ def test_the_first_process_makes_the_rows_and_the_others_wait(small, tokenizer, 
         found = list(pool.map(lambda rank: load_rows(config, tokenizer), range(2)))
     found.append(load_rows(config, tokenizer))
     assert len(calls) == 2  # the training rows and the held-out ones
-    assert len({rows_digest(train) for train, _ in found}) == 1
+    assert len({batches.rows_digest(train) for train, _ in found}) == 1
     assert all(train.counts == found[0][0].counts for train, _ in found)
     words(tmp_path / "a.jsonl", 100)  # other content
     assert len(load_rows(config, tokenizer)[0]) < len(found[0][0]) and len(calls) == 4
 
 
-@pytest.mark.parametrize("where, name", [(batches, "pack"), (batches, "sync"), (os, "replace")])
+@pytest.mark.parametrize("where, name", [(batches, "pack"), (batches, "publish"), (files, "_hide")])
 def test_a_kill_leaves_no_incomplete_cache_and_no_lock(small, tokenizer, tmp_path, monkeypatch, where, name):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     config = small(dataset=words(tmp_path / "a.jsonl", 1500), max_train_tokens=None, num_proc=2)
@@ -343,7 +287,7 @@ def test_a_kill_leaves_no_incomplete_cache_and_no_lock(small, tokenizer, tmp_pat
         os.kill(os.getpid(), signal.SIGKILL)
 
     def killed():
-        monkeypatch.setattr(chat, "SECONDS_ALONE", 0)
+        monkeypatch.setattr(chat, "BLOCKS_ALONE", 1)
         monkeypatch.setattr(batches, "PACK_TOKENS", 100)
         monkeypatch.setattr(where, name, kill)
         load_rows(config, tokenizer)
@@ -352,46 +296,34 @@ def test_a_kill_leaves_no_incomplete_cache_and_no_lock(small, tokenizer, tmp_pat
     process.start()
     process.join()
     (lock,) = (tmp_path / "cache/kdkit").glob("*.lock")
-    assert process.exitcode == -signal.SIGKILL and not list(lock.parent.glob("*.arrow"))
+    assert process.exitcode == -signal.SIGKILL and not lock.with_suffix("").exists()
     with FileLock(lock, timeout=30):
         pass
     rows, _ = load_rows(config, tokenizer)
-    assert rows.counts["samples"] > 1000 and rows.counts["tokens"] == loss_tokens(rows).sum()
+    assert rows.counts["samples"] > 1000 and rows.counts["tokens"] == batches.loss_tokens(rows).sum()
 
 
 def test_a_full_disk_is_named_and_leaves_no_file(small, tokenizer, tmp_path, monkeypatch):
     config = small(dataset=words(tmp_path / "a.jsonl"))
-    file = batches.cache_file(open_source(config, "train"), config, tokenizer)
-    file.parent.mkdir(exist_ok=True)
-    file.with_suffix(".writing").symlink_to("/dev/full")
+    folder = batches.cache_folder(open_source(config, "train"), config, tokenizer)
+    temporary = folder.with_name(f".writing_{folder.name}")
+    temporary.mkdir(parents=True)
+    (temporary / "rows.arrow").symlink_to("/dev/full")
     with pytest.raises(UsageError, match=r"does not fit on the disk of .*HF_HOME"):
         load_rows(config, tokenizer)
-    assert not file.exists()
+    assert not folder.exists() and not temporary.exists()
     assert load_rows(config, tokenizer)[0]
-    assert {path.suffix for path in Path(file).parent.iterdir()} <= {".arrow", ".lock"}  # nothing that runs code
+    assert {path.suffix for path in folder.iterdir()} == {".arrow", ".json"}  # nothing that runs code
 
 
-# --- python -m kdkit.data
-
-
-def test_a_row_is_shown_with_the_loss_marked(small, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
+def test_the_command_prints_the_data_and_its_first_rows_with_the_loss_marked(small, tokenizer, capsys, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML)
     file = json_lines(tmp_path / "a.jsonl", messages("one"), messages("two"))
-    (row,), _ = load_rows(small(dataset=file, eval_dataset="embedded", max_train_tokens=None), tokenizer)
-    plain = show_row(row, tokenizer, colour=False)
-    for word in ("one", "two"):
-        assert f"<|bos|>user\n{word}<|eos|>\n<|bos|>assistant\n[{word}<|eos|>]" in plain
-    assert plain.count("\n---\n") == 1
-    coloured = show_row(row, tokenizer)
-    assert "\033[32m<|eos|>\033[0m" in coloured and "\033[90m<|eos|>\033[0m" in coloured
-    for escape in ("\033[32m", "\033[90m", "\033[0m"):
-        coloured = coloured.replace(escape, "")
-    assert coloured == plain.replace("[", "").replace("]", "")
-
-
-def test_the_command_prints_the_data_and_its_first_rows(small, capsys, tmp_path):
-    main(["--dataset", json_lines(tmp_path / "a.jsonl", *[{"text": "abc"}] * 60), "--max_length", "64"])
+    main(["--dataset", str(file), "--eval_dataset", "embedded", "--chat_template", str(template)])
     printed = capsys.readouterr().out
-    assert "tokens in the loss" in printed and "<|bos|>[abc<|eos|>]" in printed
+    assert "2 conversations" in printed and "tokens in the loss" in printed and printed.count("\n---\n") == 1
+    for word in ("one", "two"):
+        assert f"<|bos|>user\n{word}<|eos|>\n<|bos|>assistant\n[{word}<|eos|>]" in printed
     with pytest.raises(SystemExit, match=r"kdkit: dataset nothing\.txt does not exist"):
         main(["--dataset", "nothing.txt"])

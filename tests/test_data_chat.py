@@ -1,9 +1,11 @@
+import itertools
+
 import pytest
 
 from kdkit import DistillConfig
 from kdkit.config import UsageError
 from kdkit.data import collate
-from kdkit.data.chat import check_chat_template, make_rows, tokenize_conversations
+from kdkit.data.chat import make_rows, tokenize_conversations
 from kdkit.data.sources import Document
 from kdkit.losses import IGNORE_INDEX
 from kdkit.models import load_tokenizer
@@ -54,11 +56,9 @@ def rows_of(documents, *arguments):
 
 def learned(document, tokenizer):
     """The texts of a conversation that are learned."""
-    ((ids, ranges),) = tokenize_conversations([document], tokenizer)
-    return [tokenizer.decode(ids[tokens.start : tokens.stop]) for tokens in ranges]
-
-
-# --- texts
+    ((ids, mask),) = tokenize_conversations([document], tokenizer)
+    runs = itertools.groupby(zip(ids, mask, strict=True), key=lambda token: token[1])
+    return [tokenizer.decode([token for token, _ in run]) for is_learned, run in runs if is_learned]
 
 
 def test_make_rows_gives_each_token_as_the_label_of_the_one_before(tokenizer):
@@ -97,14 +97,6 @@ def test_make_rows_cuts_a_long_text_as_configured(tokenizer, mode, pieces):
     assert all(row["position_ids"].tolist() == list(range(len(row["labels"]))) for row in rows)
 
 
-def test_make_rows_of_a_text_without_a_label_gives_no_row(tokenizer):
-    tokenizer.backend_tokenizer.post_processor = None  # no <|bos|>: an empty text has the end token only
-    assert [len(rows) for rows, _ in make_rows(texts("", "words", ""), tokenizer, 64)] == [0, 1, 0]
-
-
-# --- conversations
-
-
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("learn_from, answers", [(0, ["three four", "six\n"]), (3, ["six\n"])])
 def test_assistant_turns_are_learned_with_their_end_tokens(tokenizer, name, learn_from, answers):
@@ -124,23 +116,22 @@ def test_conversations_in_a_batch_are_tokenised_as_alone(tokenizer, name):
     documents = [chat(*words[: 2 + i % 4], learn_from=i % 3, first=["user", "assistant"][i % 2]) for i in range(12)]
     documents = [document for document in documents if document.turns]
     alone = [next(tokenize_conversations([document], tokenizer)) for document in documents]
-    assert list(tokenize_conversations(documents, tokenizer)) == alone
+    for (ids, mask), (ids_alone, mask_alone) in zip(tokenize_conversations(documents, tokenizer), alone, strict=True):
+        assert ids == ids_alone and (mask == mask_alone).all()
 
 
 @pytest.mark.parametrize("name", ["chatml", "marked"])
-def test_a_conversation_that_starts_with_the_assistant_and_repeats_itself_is_learned(tokenizer, name):
+@pytest.mark.parametrize(
+    "document, answers",
+    [
+        (chat("yes", "yes", "yes", first="assistant"), ["yes", "yes"]),  # starts with the assistant, repeats itself
+        (chat("<|bos|>assistant\nmine<|eos|>", "yours"), ["yours"]),  # special tokens that a user writes
+        (chat("漢", "🙂", "漢", "字"), ["🙂", "字"]),  # characters of several tokens
+    ],
+)
+def test_what_the_assistant_writes_is_learned(tokenizer, name, document, answers):
     tokenizer.chat_template = TEMPLATES[name]
-    assert learned(chat("yes", "yes", "yes", first="assistant"), tokenizer) == ["yes<|eos|>"] * 2
-
-
-def test_special_tokens_that_a_user_writes_are_not_learned(tokenizer):
-    tokenizer.chat_template = TEMPLATES["chatml"]
-    assert learned(chat("<|bos|>assistant\nmine<|eos|>", "yours"), tokenizer) == ["yours<|eos|>"]
-
-
-def test_every_token_of_a_character_is_learned(tokenizer):
-    tokenizer.chat_template = TEMPLATES["chatml"]
-    assert learned(chat("漢", "🙂", "漢", "字"), tokenizer) == ["🙂<|eos|>", "字<|eos|>"]
+    assert learned(document, tokenizer) == [f"{answer}<|eos|>" for answer in answers]
 
 
 def test_text_that_the_template_adds_before_an_answer_is_learned_after_a_generation_prompt_only(tokenizer):
@@ -148,14 +139,6 @@ def test_text_that_the_template_adds_before_an_answer_is_learned_after_a_generat
     assert learned(chat("one", "two"), tokenizer) == ["(hm)two<|eos|>"]
     tokenizer.chat_template = THINKING
     assert learned(chat("one", "two"), tokenizer) == ["two<|eos|>"]
-
-
-def test_labels_of_a_conversation_are_shifted_once(tokenizer):
-    tokenizer.chat_template = TEMPLATES["chatml"]
-    ((ids, (tokens,)),) = tokenize_conversations([chat("one", "two")], tokenizer)
-    (row,) = rows_of([chat("one", "two")], tokenizer, 64)
-    assert row["input_ids"] == ids[:-1]
-    assert row["labels"] == [token if at in tokens else IGNORE_INDEX for at, token in enumerate(ids)][1:]
 
 
 def test_a_conversation_that_is_cut_before_the_answer_gives_no_row(tokenizer):
@@ -170,13 +153,15 @@ def test_a_conversation_that_is_cut_before_the_answer_gives_no_row(tokenizer):
 def test_a_template_that_renders_earlier_turns_differently_is_refused(tokenizer):
     tokenizer.chat_template = FORGETFUL
     assert learned(chat("one", "hm/two"), tokenizer) == ["hm/two<|eos|>"]
-    with pytest.raises(UsageError, match=r"row 1: the chat template does not render message 2 .*--chat_template"):
+    with pytest.raises(
+        UsageError, match=r"row 1: the chat template changes the content of message 2, or renders it .*--chat_template"
+    ):
         learned(chat("one", "hm/two", "three", "four"), tokenizer)
 
 
 def test_a_template_that_changes_an_answer_is_refused(tokenizer):
     tokenizer.chat_template = TEMPLATES["no generation prompt"].replace("m['content']", "m['content'] | upper")
-    with pytest.raises(UsageError, match=r"row 1: .*does not show the content of message 2"):
+    with pytest.raises(UsageError, match=r"row 1: .*changes the content of message 2"):
         learned(chat("one", "two"), tokenizer)
 
 
@@ -188,8 +173,3 @@ def test_a_template_that_raises_is_quoted_with_the_row(tokenizer):
     refused = Document(6, messages=[{"role": "system", "content": "x"}, *chat("one", "two").messages])
     with pytest.raises(UsageError, match=r"row 7: .*refuses .*No system role.*system, user, assistant"):
         list(tokenize_conversations([chat("one", "two"), refused], tokenizer))
-
-
-def test_a_tokenizer_without_a_template_is_refused(tokenizer):
-    with pytest.raises(UsageError, match=r"data has conversations.*no chat template.*--chat_template"):
-        check_chat_template(tokenizer, "data")

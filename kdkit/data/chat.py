@@ -11,244 +11,167 @@ import re
 import signal
 import sys
 import threading
-import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
+from jinja2 import TemplateError
 
 from kdkit.config import UsageError
 from kdkit.data.sources import Document
 from kdkit.losses import IGNORE_INDEX
 
 BLOCK = 200  # documents that are tokenised together
-SECONDS_ALONE = 1.0  # how long one process tokenises before it starts others
+BLOCKS_ALONE = 5  # tokenised before other processes are started, which takes longer for less
 
 
-def tokenize(
-    documents: Iterable[Document], tokenizer, max_length: int, truncation_mode: str | None, num_proc: int | None = 1
-) -> Iterator[tuple[list[dict], bool]]:
-    """Yield what `make_rows` makes of each document, in order.
-
-    Args:
-        documents, tokenizer, max_length, truncation_mode: see `make_rows`.
-        num_proc: the number of processes that are started after SECONDS_ALONE. Smaller data is done before that.
-    """
+def tokenize(documents: Iterable[Document], num_proc: int | None, *job) -> Iterator[tuple[list[dict], bool]]:
+    """Yield what `make_rows(documents, *job)` makes of each document, in order, with `num_proc` processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_proc, start, documents = num_proc or max(cores - 1, 1), time.monotonic(), iter(documents)
+    num_proc, documents = num_proc or max(cores - 1, 1), iter(documents)
     blocks = iter(lambda: list(itertools.islice(documents, BLOCK)), [])
-    job = (tokenizer, max_length, truncation_mode)
-    for block in blocks:
+    for block in itertools.islice(blocks, BLOCKS_ALONE if num_proc > 1 else None):
         yield from make_rows(block, *job)
-        if num_proc > 1 and time.monotonic() - start >= SECONDS_ALONE:
-            break
-    else:
-        return
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     # A fork imports nothing and copies no tokenizer. It is safe, since these processes do not use torch or its threads.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool, pending = ProcessPoolExecutor(num_proc, context, _set_job, job), deque()
-    try:
-        for block in blocks:
-            pending.append(pool.submit(_do_job, block))
-            if len(pending) == 4 * num_proc:  # limits the memory, and what is tokenised in vain
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ProcessPoolExecutor(num_proc, context, _start_process, job) as pool:  # it starts with the first block
+        while window := list(itertools.islice(blocks, 16 * num_proc)):  # map submits all that it gets
+            for made in pool.map(_make_rows, window):
+                yield from made
 
 
-_job = ()  # in a process that tokenises: the arguments of `make_rows`
-
-
-def _set_job(*job) -> None:
+def _start_process(*job) -> None:
     global _job
     _job = job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one after Ctrl-C
-    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+    def end_with_main_process() -> None:  # if that is killed: a forked process also holds the lock of the cache
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_main_process, daemon=True).start()
 
 
-def _end_with_main_process() -> None:
-    """Wait until the main process is killed, and end, since a forked process still holds the lock of the cache."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _do_job(block: list[Document]) -> list[tuple[list[dict], bool]]:
-    return list(make_rows(block, *_job))
+def _make_rows(block: list[Document]) -> list[tuple[list[dict], bool]]:
+    return make_rows(block, *_job)
 
 
 def make_rows(
     documents: list[Document], tokenizer, max_length: int, truncation_mode: str | None = None
-) -> Iterator[tuple[list[dict], bool]]:
+) -> list[tuple[list[dict], bool]]:
     """Tokenise documents, shift their tokens by one, and cut what is longer than `max_length`.
 
-    The tokens of a text are those that the tokenizer gives, special ones included, and its end-of-text token. The
-    tokens of a conversation are those of the rendered chat template. Token s is the input whose label is token s + 1,
-    so n tokens give n - 1 pairs. Where a document is split, the last label of a piece is the first input of the next
-    one, so no label is lost.
+    Of a text, the tokens are those that the tokenizer gives, special ones included, and its end-of-text token; of a
+    conversation, those of the rendered chat template. Token s is the input whose label is token s + 1, so n tokens give
+    n - 1 pairs. Where a text is split, the last label of a piece is the first input of the next: no label is lost.
 
     Args:
-        documents: texts and conversations, tokenised together.
-        tokenizer: needs a chat template for conversations.
-        max_length: the most tokens of a row.
-        truncation_mode: what is done with a longer document, as in the configuration.
+        documents: all texts, or all conversations.
 
-    Yields:
+    Returns:
         For each document its rows, as int32 arrays, and whether it was longer than max_length. A document without a
         token to learn has no rows.
     """
-    texts = _tokenize_texts([document.text for document in documents if document.messages is None], tokenizer)
-    chats = tokenize_conversations([document for document in documents if document.turns], tokenizer)
-    for document in documents:
-        if document.messages is not None and not document.turns:
-            yield [], False
-            continue
-        ids, learned = next(texts if document.messages is None else chats)
+    if documents[0].messages is None:
+        mode = truncation_mode or "split"
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        encoded = tokenizer([document.text for document in documents], return_attention_mask=False, verbose=False)
+        tokenized = [(ids if ids[-1:] == end else ids + end, True) for ids in encoded["input_ids"]]
+    else:
+        mode = truncation_mode or "keep_start"
+        tokenized = tokenize_conversations(documents, tokenizer)
+    made = []
+    for ids, learned in tokenized:
         ids = np.array(ids, dtype=np.int32)
-        labels = np.full_like(ids, IGNORE_INDEX)
-        for tokens in learned:
-            labels[tokens.start : tokens.stop] = ids[tokens.start : tokens.stop]
-        row = {"input_ids": ids[:-1], "labels": labels[1:]}  # the causal shift
-        row["position_ids"] = np.arange(len(row["labels"]), dtype=np.int32)
-        rows, too_long = [row], len(row["labels"]) > max_length
-        if too_long:
-            mode = truncation_mode or ("split" if document.messages is None else "keep_start")
-            pieces = {
-                "split": [slice(start, start + max_length) for start in range(0, len(row["labels"]), max_length)],
-                "keep_start": [slice(max_length)],
-                "keep_end": [slice(-max_length, None)],
-                "drop": [],
-            }[mode]
-            rows = [{key: values[piece] for key, values in row.items()} for piece in pieces]
-            for row in rows:
-                row["position_ids"] = row["position_ids"] - row["position_ids"][0]
-        yield [row for row in rows if (row["labels"] != IGNORE_INDEX).any()], too_long
+        inputs, labels = ids[:-1], np.where(learned, ids, np.int32(IGNORE_INDEX))[1:]  # the causal shift
+        too_long = len(inputs) > max_length
+        starts = {
+            "split": range(0, len(inputs), max_length),
+            "keep_start": [0],
+            "keep_end": [max(len(inputs) - max_length, 0)],
+            "drop": [] if too_long else [0],
+        }[mode]
+        rows = []
+        for start in starts:
+            piece = slice(start, start + max_length)
+            if (labels[piece] != IGNORE_INDEX).any():
+                positions = np.arange(len(inputs[piece]), dtype=np.int32)
+                rows.append({"input_ids": inputs[piece], "labels": labels[piece], "position_ids": positions})
+        made.append((rows, too_long))
+    return made
 
 
-def _tokenize_texts(texts: list[str], tokenizer) -> Iterator[tuple[list[int], list[range]]]:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for ids in tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []:
-        ids = ids if ids[-1:] == end else ids + end
-        yield ids, [range(len(ids))]
-
-
-# --- conversations ---
-
-
-def check_chat_template(tokenizer, name: str) -> None:
-    """Check that a tokenizer can be used for conversations.
-
-    Raises:
-        UsageError: the tokenizer has no chat template, or cannot give the characters of each token.
-    """
-    if not tokenizer.chat_template:
-        raise UsageError(
-            f"{name} has conversations, but the teacher's tokenizer has no chat template: use the instruction-tuned "
-            "teacher, give a template with --chat_template FILE, or learn from a column of texts with "
-            "--messages_column null --prompt_column null"
-        )
-    if not tokenizer.is_fast:
-        raise UsageError(f"{name} has conversations, which need a fast tokenizer: save it as tokenizer.json")
-
-
-def tokenize_conversations(documents: list[Document], tokenizer) -> Iterator[tuple[list[int], list[range]]]:
-    """Yield for each conversation its token ids, and which of them are learned, as ranges of indices.
+def tokenize_conversations(documents: list[Document], tokenizer) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yield for each conversation its token ids, and which of them are learned.
 
     The turns of the assistant are learned, each with the token that ends it, but not the header before it. If the
     template marks these itself (`{% generation %}`), its marks are used. Otherwise the conversation is also rendered
-    up to the start and up to the end of each turn, and the complete text has to begin with these texts. A template
-    that renders earlier turns in another way when more turns follow (some omit the thinking) is refused.
+    up to the start and up to the end of each turn, and the complete text has to begin with these texts.
 
     Raises:
-        UsageError: the template refuses a conversation, or renders a turn differently when others follow.
+        UsageError: the template refuses a conversation, or renders a turn differently when others follow (some omit
+            the thinking).
     """
-    complete = [(document, len(document.messages)) for document in documents]
-    if documents and re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
-        tokenized = _render(tokenizer, complete, tokenize=True, return_assistant_tokens_mask=True)
-        special = set(tokenizer.added_tokens_decoder)
-        for document, ids, mask in zip(documents, tokenized["input_ids"], tokenized["assistant_masks"], strict=True):
-            edges = np.flatnonzero(np.diff([0, *mask, 0])).tolist()
-            skipped = sum(message["role"] == "assistant" for message in document.messages[: document.learn_from])
-            marked = list(zip(edges[::2], edges[1::2], strict=True))[skipped:]
-            # some templates leave the token that ends the turn outside of the mark
-            ended = [s < len(ids) and ids[s] in special and ids[s - 1] not in special for _, s in marked]
-            yield ids, [range(start, stop + end) for (start, stop), end in zip(marked, ended, strict=True)]
+    special = tokenizer.added_tokens_decoder
+    if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
+        yield from (_marked_turns(document, tokenizer, list(special)) for document in documents)
         return
-    texts = _render(tokenizer, complete)
-    # each turn is rendered with its header, and up to its end; what is the complete text is not rendered again
-    turns = [(document, turn) for document in documents for turn in document.turns]
-    prompts = iter(
-        _render(tokenizer, [(document, turn) for document, turn in turns if turn], add_generation_prompt=True)
-    )
-    untils = iter(_render(tokenizer, [(d, turn + 1) for d, turn in turns if turn + 1 < len(d.messages)]))
-    endings = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if str(token).strip())
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False) if texts else None
-    for index, (document, text) in enumerate(zip(documents, texts, strict=True)):
-        learned = []
+    endings = tuple(str(token) for token in special.values() if str(token).strip())
+    # without a turn to learn, a conversation is not rendered, and gives no row
+    texts = [_render(document, len(document.messages) if document.turns else 0, tokenizer) for document in documents]
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    for document, text, encoding in zip(documents, texts, encoded.encodings, strict=True):
+        starts, ends = np.array(encoding.offsets).reshape(-1, 2).T  # the characters of each token
+        learned = np.zeros(len(starts), dtype=bool)
         for turn in document.turns:
-            prompt = next(prompts) if turn else ""
-            until = next(untils) if turn + 1 < len(document.messages) else text
-            start, end = _span(tokenizer, document, turn, text, prompt, until, endings)
-            learned.append(_tokens(encoded.encodings[index], start, end))
-        yield encoded["input_ids"][index], learned
+            start, end = _find_turn(document, turn, text, tokenizer, endings)
+            learned |= (starts < end) & (ends > start)
+        yield encoding.ids, learned
 
 
-def _span(tokenizer, document: Document, turn: int, text: str, prompt: str, until: str, endings) -> tuple[int, int]:
-    """Return the characters (start, end) of a rendered conversation, `text`, that the assistant writes in a turn.
+def _marked_turns(document: Document, tokenizer, special: list[int]) -> tuple[list[int], np.ndarray]:
+    if not document.turns:
+        return [], np.zeros(0, dtype=bool)
+    encoded = _render(
+        document, len(document.messages), tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    marked, is_special = np.array(encoded["assistant_masks"], dtype=bool), np.isin(encoded["input_ids"], special)
+    turn_numbers = np.cumsum(np.diff(marked, prepend=False) & marked)  # from 1
+    skipped = sum(message["role"] == "assistant" for message in document.messages[: document.learn_from])
+    # some templates leave the token that ends the turn outside of the mark
+    marked[1:] |= marked[:-1] & is_special[1:] & ~is_special[:-1]
+    return encoded["input_ids"], marked & (turn_numbers > skipped)
 
-    `prompt` is the text before the turn with the header of the turn (the generation prompt), `until` the text up to
-    the end of the turn. The turn ends with one of the tokens `endings`.
-    """
-    where, content = f"row {document.row + 1}", document.messages[turn]["content"].strip()
-    if not (text.startswith(until) and until.startswith(prompt)):
-        raise UsageError(
-            f"{where}: the chat template does not render message {turn + 1} at the end of a conversation as it does "
-            "within one, so the text that the assistant wrote is unknown: give a template that marks it with "
-            "{% generation %} (--chat_template FILE), or conversations of one turn"
-        )
+
+def _find_turn(document: Document, turn: int, text: str, tokenizer, endings: tuple) -> tuple[int, int]:
+    """Return the characters (start, end) of a rendered conversation, `text`, that the assistant writes in a turn."""
+    prompt = _render(document, turn, tokenizer, add_generation_prompt=True)
+    until = _render(document, turn + 1, tokenizer)
     start = len(prompt)
-    at = text.find(content, start, len(until))
-    # Text between prompt and content is the header if the template has no generation prompt (or adds it in any case).
-    # Otherwise the assistant writes this text, too. To render once more is only necessary if there is such a text.
-    if content and (at < 0 or text[start:at].strip()) and prompt == "".join(_render(tokenizer, [(document, turn)])):
-        if at < 0:
-            raise UsageError(f"{where}: the chat template does not show the content of message {turn + 1} unchanged")
-        start = at
+    if prompt == _render(document, turn, tokenizer):
+        # Without a generation prompt (or if it is always added) what the template writes before the content is the
+        # header. With one, the assistant writes all that follows it.
+        at = text.find(document.messages[turn]["content"].strip(), start, len(until))
+        if at < 0 or text[start:at].strip():
+            start = at
+    if start < 0 or not (text.startswith(until) and until.startswith(prompt)):
+        raise UsageError(
+            f"row {document.row + 1}: the chat template changes the content of message {turn + 1}, or renders it in "
+            "another way when messages follow, so the text that the assistant wrote is unknown: give a template that "
+            "marks it with {% generation %} (--chat_template FILE), or conversations of one turn"
+        )
     written = until.rstrip()  # white space after the token that ends the turn belongs to the template
     return start, len(written) if written.endswith(endings) else len(until)
 
 
-def _tokens(encoding, start: int, end: int) -> range:
-    """Return the tokens that overlap the characters from `start` to `end` (exclusive)."""
-    # None: the tokenizer dropped this character
-    first = next((t for char in range(start, end) if (t := encoding.char_to_token(char)) is not None), None)
-    if first is None:
-        return range(0)
-    last = next(t for char in range(end - 1, start - 1, -1) if (t := encoding.char_to_token(char)) is not None)
-    while last + 1 < len(encoding) and encoding.token_to_chars(last + 1)[0] < end:  # several tokens of one character
-        last += 1
-    return range(first, last + 1)
-
-
-def _render(tokenizer, beginnings: list[tuple[Document, int]], **options):
-    """Apply the chat template to the first messages of conversations: (conversation, number of messages)."""
-    from jinja2 import TemplateError
-
-    beginnings = [(document, number) for document, number in beginnings if number]
-    if not beginnings:
-        return []
+def _render(document: Document, number: int, tokenizer, tokenize=False, **options):
+    """Apply the chat template to the first messages of a conversation."""
+    messages = document.messages[:number]
     try:
-        messages = [document.messages[:number] for document, number in beginnings]
-        return tokenizer.apply_chat_template(messages, **{"tokenize": False, **options})
+        return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options) if messages else ""
     except (TemplateError, TypeError, ValueError) as error:
-        if len(beginnings) > 1:  # find the conversation
-            for beginning in beginnings:
-                _render(tokenizer, [beginning], **options)
-        document, number = beginnings[0]
         raise UsageError(
             f"row {document.row + 1}: the chat template refuses the conversation ({str(error).splitlines()[0]}): "
-            f"it has the roles {', '.join(message['role'] for message in document.messages[:number])}"
+            f"it has the roles {', '.join(message['role'] for message in messages)}"
         ) from error

@@ -4,8 +4,6 @@ Every mistake in a dataset is reported here, in one line, before a model is load
 """
 
 import hashlib
-import itertools
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +15,7 @@ from kdkit.running.hub import explain, loading_errors, split_revision
 ROLES = ("system", "developer", "user", "assistant", "tool")
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 EMBEDDED = Path(__file__).parents[1] / "assets" / "python_docs"  # written by recipes/make_python_docs.py
-BATCH = 1000  # samples that are read together
+BATCH = 1000  # samples that are read together, which is much faster than one by one
 
 
 class Document(NamedTuple):
@@ -42,136 +40,84 @@ class Source(NamedTuple):
     part: str  # "train" or "eval": what the samples are used for
     held_out: float | None  # the fraction of the samples that is held out; None: all samples are for this part
     samples: Any  # a datasets.Dataset, or an IterableDataset if streaming
-    kind: str  # texts, messages, or prompts (and completions)
-    columns: list[str]
+    kind: str  # texts or conversations
+    columns: list[str]  # of texts; of messages; or of prompts and completions
     fingerprint: str  # changes with the content
-
-
-# --- datasets ---
 
 
 def open_source(config: DistillConfig, part: str) -> Source:
     """Open the samples of a part ("train" or "eval") with `datasets`, which caches what it downloads and parses.
 
-    A sample is a .txt file, a line of JSON, or a row of Parquet or CSV. `config.dataset_config` applies to
-    `config.dataset` only. The embedded text has two splits, train and test.
+    A sample is a .txt file, a line of JSON, or a row of Parquet or CSV.
 
     Raises:
-        UsageError: the data cannot be loaded or parsed (with the file and line), has no such split, is empty, has
-            none of the configured columns, or is to be both trained and evaluated on.
+        UsageError: the data cannot be loaded or parsed, has no such split, is empty, has none of the configured
+            columns, or is to be both trained and evaluated on.
     """
-    from datasets import config as settings
-    from datasets import load_dataset, load_dataset_builder
+    import datasets
 
-    settings.HF_UPDATE_DOWNLOAD_COUNTS = False  # a request to a server, even for a local file
-    field, name, split, held_out = _choose_split(config, part)
-    files, arguments = _load_arguments(field, name)
-    if name == config.dataset:
-        arguments["name"] = config.dataset_config
-    try:
-        samples = load_dataset(**arguments, split=split, streaming=config.streaming)
-        if config.streaming:
-            fingerprint = f"{load_dataset_builder(**arguments).cache_dir} {split}"
-            columns = list(next(iter(samples), {}))
-        else:
-            fingerprint, columns = samples._fingerprint, samples.column_names
-    except loading_errors() as error:
-        _check_files(files)
-        if "corresponds to no data" in str(error):
-            raise UsageError(f"{field} {name}, split {split} is empty: give another one") from error
-        remedy = "other fields: --dataset_config and --dataset_split; or give a file, a folder or a hub id"
-        raise explain(field, name, error, remedy) from error
-    shown = f"{field} {name}, split {split}"
-    if not columns or (not config.streaming and len(samples) == 0):
-        raise UsageError(f"{shown} is empty: give another one, or another split")
-    kind, chosen = _choose_columns(config, shown, columns)
-    return Source(shown, part, held_out, samples.select_columns(chosen), kind, chosen, fingerprint)
-
-
-def _choose_split(config: DistillConfig, part: str) -> tuple[str, str, str, float | None]:
-    """Return field, name and split of the data of a part, and the fraction to hold out if both parts share a split."""
-    eval_dataset = config.eval_dataset or config.dataset
-    eval_split = config.eval_split or ("test" if eval_dataset == "embedded" else config.dataset_split)
-    shared = (eval_dataset, eval_split) == (config.dataset, config.dataset_split)
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a request to a server, even for a local file
+    field, name, split = "dataset", config.dataset, config.dataset_split
+    eval_dataset = config.eval_dataset or name
+    eval_split = config.eval_split or ("test" if eval_dataset == "embedded" else split)
+    shared = (eval_dataset, eval_split) == (name, split)
     if shared and (config.eval_dataset or config.eval_split):
         raise UsageError(
             f"eval_dataset {eval_dataset}, split {eval_split}, is also the training data: give another one, or neither "
             "eval_dataset nor eval_split, which holds out eval_fraction of the samples"
         )
-    held_out = config.eval_fraction if shared else None
-    if part == "train":
-        return "dataset", config.dataset, config.dataset_split, held_out
-    return "eval_dataset" if config.eval_dataset else "dataset", eval_dataset, eval_split, held_out
+    if part == "eval":
+        field, name, split = "eval_dataset" if config.eval_dataset else "dataset", eval_dataset, eval_split
+    arguments = _load_arguments(field, name)
+    if name == config.dataset:  # another eval_dataset has no such configuration
+        arguments["name"] = config.dataset_config
+    try:
+        samples = datasets.load_dataset(**arguments, split=split, streaming=config.streaming)
+        columns = list(next(iter(samples), {}))
+        version = datasets.load_dataset_builder(**arguments).cache_dir if config.streaming else samples._fingerprint
+    except loading_errors() as error:
+        reason = (isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__) or error
+        remedy = "JSON Lines have one object per line; other fields are --dataset_config and --dataset_split"
+        raise explain(field, name, reason, remedy) from error
+    shown = f"{field} {name}, split {split}"
+    if not columns:
+        raise UsageError(f"{shown} is empty: give another one, or another split")
+    kind, columns = _choose_columns(config, shown, columns)
+    samples = samples.select_columns(columns)
+    return Source(shown, part, config.eval_fraction if shared else None, samples, kind, columns, version)
 
 
-def _load_arguments(field: str, name: str) -> tuple[list[Path], dict]:
-    """Return the local files of a dataset (none for a hub dataset), and the arguments for `load_dataset`."""
-    if name == "embedded":
-        return [], {"path": "parquet", "data_files": {s: str(EMBEDDED / f"{s}.parquet") for s in ("train", "test")}}
+def _load_arguments(field: str, name: str) -> dict:
+    """Return the arguments for `load_dataset`."""
     path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix not in BUILDERS:
-            raise UsageError(f"{field} {name} is a {path.suffix or 'nameless'} file: {', '.join(BUILDERS)} can be read")
-        files, arguments = [path], {"path": BUILDERS[path.suffix], "data_files": str(path)}
-    elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in BUILDERS)
-        files = [file for file in files if file.name not in ("dataset_infos.json", "dataset_info.json", "state.json")]
-        kinds = sorted({BUILDERS[file.suffix] for file in files})
+    if name == "embedded":
+        return {"path": "parquet", "data_files": {s: str(EMBEDDED / f"{s}.parquet") for s in ("train", "test")}}
+    if path.exists():
+        files = [file for file in (path, *path.rglob("*")) if file.suffix in BUILDERS and file.stat().st_size]
+        kinds = {BUILDERS[file.suffix] for file in files if not file.name.startswith("dataset_info")}
         if len(kinds) != 1:
-            found = f"files of several kinds ({', '.join(kinds)})" if kinds else f"no {', '.join(BUILDERS)} file"
-            raise UsageError(f"{field} {name} has {found}: give a folder with files of one kind, or a single file")
-        arguments = {"path": str(path)}
-    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix in BUILDERS:
+            found = f"files of several kinds ({', '.join(sorted(kinds))})" if kinds else "no file with text"
+            raise UsageError(f"{field} {name} has {found}: give files of one kind, {', '.join(BUILDERS)}")
+        arguments = {"path": str(path)} if path.is_dir() else {"path": BUILDERS[path.suffix], "data_files": str(path)}
+        return {**arguments, "sample_by": "document"} if kinds == {"text"} else arguments
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix in BUILDERS:
         raise UsageError(f'{field} {name} does not exist: give a file, a folder, a hub id, or "embedded"')
-    else:
-        path, revision = split_revision(name)
-        return [], {"path": path, "revision": revision}
-    if not any(file.stat().st_size for file in files):
-        raise UsageError(f"{field} {name} is empty, there is no text in it: give another file or folder")
-    if BUILDERS[files[0].suffix] == "text":
-        arguments["sample_by"] = "document"
-    return files, arguments
-
-
-def _check_files(files: list[Path]) -> None:
-    """Find the line that could not be read, which the errors of `datasets` do not name.
-
-    Raises:
-        UsageError: a file is not UTF-8, or a line is not a JSON object.
-    """
-    for file in files:
-        if BUILDERS[file.suffix] == "parquet":
-            continue
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from None
-        if BUILDERS[file.suffix] != "json" or text.lstrip().startswith("["):  # a single array has no lines to check
-            continue
-        for number, line in enumerate(text.split("\n"), start=1):
-            try:
-                kind = type(json.loads(line)).__name__ if line.strip() else "dict"
-            except json.JSONDecodeError as error:
-                kind = f"not JSON ({error.msg})"
-            if kind != "dict":
-                raise UsageError(f"{file}, line {number} is {kind}: write one JSON object per line")
+    hub_id, revision = split_revision(name)
+    return {"path": hub_id, "revision": revision}
 
 
 def _choose_columns(config: DistillConfig, shown: str, columns: list[str]) -> tuple[str, list[str]]:
+    prompts = [config.prompt_column, config.completion_column]
     if config.messages_column in columns:
-        return "messages", [config.messages_column]
-    if config.prompt_column in columns and config.completion_column in columns:
-        return "prompts", [config.prompt_column, config.completion_column]
+        return "conversations", [config.messages_column]
+    if set(prompts) <= set(columns):
+        return "conversations", prompts
     if config.text_column in columns:
         return "texts", [config.text_column]
-    wanted = [config.messages_column, f"{config.prompt_column} with {config.completion_column}", config.text_column]
     raise UsageError(
-        f"{shown} has no column {', '.join(repr(name) for name in wanted if name)}; it has {', '.join(columns)}: "
-        "name one with --text_column, --messages_column, or --prompt_column and --completion_column"
+        f"{shown} has the columns {', '.join(columns)}: name the one to learn with --text_column (now "
+        f"{config.text_column}) or --messages_column, or two with --prompt_column and --completion_column"
     )
-
-
-# --- samples ---
 
 
 def documents_of(source: Source) -> Iterator[Document]:
@@ -182,75 +128,52 @@ def documents_of(source: Source) -> Iterator[Document]:
     is held out, so this does not change when rows are appended. Of a single text the end is held out.
 
     Raises:
-        UsageError: a sample has something else than a text or a conversation in its columns (with its row).
+        UsageError: a sample has something else than a text or a conversation in its columns.
     """
+    samples, held_out, is_eval = source.samples, source.held_out, source.part == "eval"
 
     def wanted(row: int) -> bool:
-        if source.held_out is None:
-            return True
         digest = hashlib.sha256(str(row).encode()).digest()
-        return (source.part == "eval") == (int.from_bytes(digest[:8], "big") < source.held_out * 2**64)
+        return held_out is None or is_eval == (int.from_bytes(digest[:8], "big") < held_out * 2**64)
 
-    if not hasattr(source.samples, "__len__"):
-        yield from (_document(sample, row, source) for row, sample in enumerate(source.samples) if wanted(row))
-    elif len(source.samples) == 1 and source.kind == "texts" and source.held_out is not None:
-        yield _document(_part_of_text(source), 0, source)
+    if not hasattr(samples, "__len__"):
+        yield from (_document(sample, row, source) for row, sample in enumerate(samples) if wanted(row))
+    elif len(samples) == 1 and source.kind == "texts" and held_out is not None:
+        document = _document(samples[0], 0, source)
+        text, cut = document.text, int(len(document.text) * (1 - held_out))
+        cut = max(text.rfind("\n", 0, cut), text.rfind(" ", 0, cut), cut - 1000) + 1  # between two words
+        yield document._replace(text=text[cut:] if is_eval else text[:cut])
     else:
-        rows = [row for row in range(len(source.samples)) if wanted(row)]
+        rows = [row for row in range(len(samples)) if wanted(row)]
         random.Random(0).shuffle(rows)
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
-            columns = source.samples[batch]  # one read of many rows is much faster than many reads
-            for index, row in enumerate(batch):
-                yield _document({name: values[index] for name, values in columns.items()}, row, source)
-
-
-def _part_of_text(source: Source) -> dict:
-    """Cut a single text between two words, close to the fraction that is held out."""
-    (column,), (sample,) = source.columns, source.samples
-    if not isinstance(text := sample[column], str):
-        return sample
-    cut = int(len(text) * (1 - source.held_out))
-    cut = max(text.rfind("\n", 0, cut), text.rfind(" ", 0, cut), cut - 1000) + 1
-    return {column: text[cut:] if source.part == "eval" else text[:cut]}
+            for row, sample in zip(batch, samples.__getitems__(batch), strict=True):
+                yield _document(sample, row, source)
 
 
 def _document(sample: dict, row: int, source: Source) -> Document:
     where = f"{source.name}, row {row + 1}"
-    values = [sample[name] for name in source.columns]
     if source.kind == "texts":
-        if not isinstance(values[0], str):
-            raise UsageError(
-                f"{where} has no text in column {source.columns[0]!r} (found: {type(values[0]).__name__}): "
-                "name the column of texts with --text_column, or remove such rows"
-            )
-        return Document(row, values[0])
-    if source.kind == "prompts":
-        values = [
-            [{"role": role, "content": value}] if isinstance(value, str) else value
-            for role, value in zip(("user", "assistant"), values, strict=True)
-        ]
-    parts = [_check_messages(v, f"{where}, column {c!r}") for v, c in zip(values, source.columns, strict=True)]
-    return Document(row, messages=[*itertools.chain(*parts)], learn_from=len(parts[0]) if parts[1:] else 0)
-
-
-def _check_messages(messages: Any, where: str) -> list[dict]:
-    """Return a conversation without the empty fields that `datasets` adds to its messages.
-
-    Raises:
-        UsageError: the value is not a list of messages with a known role and a content.
-    """
-    if not isinstance(messages, list):
-        raise UsageError(f"{where} is {type(messages).__name__}, expected a list of messages with role and content")
-    checked = []
-    for number, message in enumerate(messages, start=1):
-        message = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
-        if "tool_calls" in message:
-            message.setdefault("content", "")
-        if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-            raise UsageError(
-                f"{where}, message {number} has no known role and content (found: {str(message)[:100]}): write "
-                f'{{"role": "user", "content": "text"}}, with one of the roles {", ".join(ROLES)}'
-            )
-        checked.append(message)
-    return checked
+        (column,) = source.columns
+        if not isinstance(sample[column], str):
+            raise UsageError(f"{where} has {sample[column]!r:.100} in column {column!r}: remove rows without text")
+        return Document(row, sample[column])
+    messages, learn_from = [], 0
+    for column, role in zip(source.columns, ("user", "assistant"), strict=False):
+        learn_from = len(messages)  # of a prompt and a completion, the completion is learned
+        value = sample[column]
+        if isinstance(value, str) and len(source.columns) == 2:
+            value = [{"role": role, "content": value}]
+        for found in value if isinstance(value, list) else [value]:
+            # `datasets` gives each message all fields that any message has
+            message = {k: field for k, field in found.items() if field is not None} if isinstance(found, dict) else {}
+            if "tool_calls" in message:
+                message.setdefault("content", "")
+            if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+                raise UsageError(
+                    f"{where}, column {column!r} has {found!r:.100}, expected a list of messages: "
+                    f'{{"role": "user", "content": "text"}}, with the roles {", ".join(ROLES)}'
+                )
+            messages.append(message)
+    return Document(row, messages=messages, learn_from=learn_from)
