@@ -185,11 +185,6 @@ def test_run_cut_before_its_first_checkpoint_starts_again(small):
     assert [event.get("eval/step") for event in train(config)] == [0, None, None, None, 3]
 
 
-def test_path_that_is_not_a_checkpoint_is_named(small, tmp_path):
-    with pytest.raises(UsageError, match=r"resume is .* is damaged \(trainer.json cannot be read: .*--resume never"):
-        find_checkpoint(small(resume=str(tmp_path)), start_accelerator())
-
-
 def test_output_folder_that_cannot_be_written_is_named(small, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"output_dir .* cannot be written"):

@@ -36,7 +36,7 @@ def find_checkpoint(config: DistillConfig, accelerator: Accelerator) -> Path | N
     """The checkpoint to resume from according to `config.resume`, or None for a new run. Called by all ranks.
 
     Damaged checkpoints are skipped with a message. Raises a UsageError if all are damaged, so that the run does not
-    silently start over, and if they are of a run of another configuration.
+    silently start over, and if the folder holds a run of another configuration.
     """
     if config.resume == "never":
         return None
@@ -90,13 +90,14 @@ def _check_same_run(config: DistillConfig, run_dir: Path, may_change: Collection
 def prepare_output_dir(config: DistillConfig) -> None:
     """Create the folder of the run and write config.yaml; with resume = never, remove the run that was there."""
     output_dir = Path(config.output_dir)
-    for leftover in [*output_dir.glob(".*ing_*"), *output_dir.glob("checkpoints/.*ing_*")]:  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    if config.resume == "never":
-        files.remove(output_dir / "checkpoints")
-        files.remove(output_dir / "final")
+    for pattern in (".writing_*", ".removing_*", "checkpoints/.writing_*", "checkpoints/.removing_*"):
+        for leftover in output_dir.glob(pattern):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        if config.resume == "never":
+            files.remove(output_dir / "checkpoints")
+            files.remove(output_dir / "final")
         files.write_text(output_dir / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
     except OSError as error:
         raise UsageError(f"output_dir {output_dir} cannot be written ({error.strerror}): choose another one") from error
@@ -137,8 +138,7 @@ def save_checkpoint(accelerator: Accelerator, student, optimizer, step: int, con
         if accelerator.is_main_process:
             sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
             rows = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-            state = {"step": step, "rows_per_step": rows, "files": sizes}
-            (folder / "trainer.json").write_text(json.dumps(state))
+            (folder / "trainer.json").write_text(json.dumps({"step": step, "rows_per_step": rows, "files": sizes}))
             files.sync(output_dir / "metrics.jsonl")  # steps before the checkpoint are not repeated: keep their lines
             files.sync(output_dir)
 
