@@ -168,8 +168,6 @@ class RunFields:
     """How many of the newest checkpoints are kept."""
     resume: str = may_change("auto")
     """auto resumes from the newest complete checkpoint; never replaces the run; or the path of a checkpoint."""
-    export_dtype: Literal["float32", "bfloat16"] = may_change("float32")
-    """The dtype of the weights in final/."""
     use_wandb: bool = may_change(True)
     """Log to Weights & Biases too, if it is installed and usable."""
     wandb_project: str = may_change("slm-distillation")
@@ -243,6 +241,7 @@ class DistillConfig(RunFields, OptimizationFields, LossFields, DataFields, Model
 GROUPS = DistillConfig.__mro__[1:-1][::-1]  # the five classes above, in their order
 FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
 REMOVED = {  # fields of earlier versions: the default they had, and what replaces them
+    "export_dtype": ("float32", "final/ has float32 weights; load them with dtype=torch.bfloat16"),
     "group_by_length": (False, "packing: true leaves little padding, too"),
     "on_failed_save": ("stop", "a run stops if a checkpoint cannot be written, and keeps the earlier ones"),
     **dict.fromkeys(("teacher_revision", "student_revision", "dataset_revision"), (None, "write id@revision")),

@@ -2,8 +2,8 @@
 
 Shapes: H hidden size, V vocabulary, N valid tokens, C tokens of a chunk, R tokens of a block, K top-k.
 
-Logits are the largest tensors of distillation: for 4,096 tokens, 151,936 entries, fp32 and two models they take 5 GB,
-and a plain loss holds several tensors of that size. Here they exist for C tokens at a time:
+For 4,096 tokens, 151,936 entries, fp32 and two models, logits take 5 GB, and a plain loss holds several tensors of that
+size. Here they exist for C tokens at a time:
 
 1. tokens with label -100 are left out first, so that they cost nothing;
 2. one matrix product per model writes the chunk's logits into a buffer that all chunks share;
@@ -11,8 +11,7 @@ and a plain loss holds several tensors of that size. Here they exist for C token
    the logits; they are computed in blocks of R tokens, whose temporary tensors stay in the CPU's cache;
 4. two matrix products turn that gradient into the gradients of the hidden states and of the head.
 
-The forward pass therefore does all the work, and the backward pass only scales. (Activation checkpointing also saves
-the memory, but computes all logits twice.)
+The forward pass does all the work, and the backward pass only scales. (Checkpointing would compute all logits twice.)
 
 Precision: the gradient of the forward KL, q - p, is a small difference of nearly equal numbers. Logits are therefore
 fp32 even if hidden states and heads are bf16: logits rounded to bf16 cost about 10 % of the gradient at a KL of 0.04.
@@ -47,21 +46,12 @@ class _Model(NamedTuple):
 
 
 def fused_kd_loss(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor | TopK | None,
-    teacher_head: Tensor | None,
-    labels: Tensor,
-    *,
-    alpha: float,
-    temperature: float,
-    divergence: str = "forward_kl",
-    num_items_in_batch: int | Tensor | None = None,
-    vocab_size: int | None = None,
-    chunk_size: int | None = None,
-    compile: bool = False,
-    **divergence_options: float,
-) -> KDLoss:
+    student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor | TopK | None, teacher_head: Tensor | None,
+    labels: Tensor, *,
+    alpha: float, temperature: float, divergence: str = "forward_kl",
+    num_items_in_batch: int | Tensor | None = None, vocab_size: int | None = None,
+    chunk_size: int | None = None, compile: bool = False, **divergence_options: float,
+) -> KDLoss:  # fmt: skip
     """`kd_loss(student_hidden @ student_head.T, teacher_hidden @ teacher_head.T, labels, ...)`, a chunk at a time.
 
     The matrix products run in the dtype of the hidden states, or in autocast's dtype inside `torch.autocast`; the

@@ -172,16 +172,10 @@ DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, jsd, skew_kl, ske
 
 
 def kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor | TopK | None,
-    labels: Tensor,
-    *,
-    alpha: float,
-    temperature: float,
-    divergence: str = "forward_kl",
-    num_items_in_batch: int | Tensor | None = None,
-    **divergence_options: float,
-) -> KDLoss:
+    student_logits: Tensor, teacher_logits: Tensor | TopK | None, labels: Tensor, *,
+    alpha: float, temperature: float, divergence: str = "forward_kl",
+    num_items_in_batch: int | Tensor | None = None, **divergence_options: float,
+) -> KDLoss:  # fmt: skip
     """alpha * CE + (1 - alpha) * T^2 * D(teacher, student; T), per valid token.
 
     If the two heads are padded to different widths, both are cut to the narrower one before the softmax: the entries
@@ -227,14 +221,9 @@ def kd_loss(
 
 
 def loss_sums(
-    student_logits: Tensor,
-    teacher_logits: Tensor | TopK | None,
-    labels: Tensor,
-    alpha: float,
-    temperature: float,
-    divergence: Callable[..., Tensor],
-    **divergence_options: float,
-) -> tuple[Tensor, Tensor]:
+    student_logits: Tensor, teacher_logits: Tensor | TopK | None, labels: Tensor,
+    alpha: float, temperature: float, divergence: Callable[..., Tensor], **divergence_options: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The sums of CE and of T^2 * D over the N tokens given, all of them valid.
 
     CE is at T = 1. T^2 compensates for the gradient of the divergence, which shrinks like 1/T^2 at high T (Hinton et
@@ -278,15 +267,9 @@ def check_loss_arguments(alpha: float, temperature: float, divergence: str) -> N
 
 
 def dense_kd_loss(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor | TopK | None,
-    teacher_head: Tensor | None,
-    labels: Tensor,
-    *,
-    vocab_size: int | None = None,
-    **settings,
-) -> KDLoss:
+    student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor | TopK | None, teacher_head: Tensor | None,
+    labels: Tensor, *, vocab_size: int | None = None, **settings,
+) -> KDLoss:  # fmt: skip
     """`kd_loss` from last hidden states and heads, with all logits in memory: the reference for `kdkit.fused`.
 
     The arguments are those of `kdkit.fused.fused_kd_loss`; `settings` are the keyword arguments of `kd_loss`.

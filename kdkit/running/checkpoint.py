@@ -207,14 +207,12 @@ def export(accelerator: Accelerator, student, tokenizer, config: DistillConfig) 
     Raises RunStopped if the folder cannot be written.
     """
     state, names = accelerator.get_state_dict(student), _unique_names(student)  # complete tensors, on rank 0
-    model, dtype = accelerator.unwrap_model(student).model, getattr(torch, config.export_dtype)
+    model = accelerator.unwrap_model(student).model
 
     def write(folder):
         if accelerator.is_main_process:
-            weights = {n.removeprefix("model."): value.to(dtype) for n, value in state.items() if n in names}
+            weights = {name.removeprefix("model."): value for name, value in state.items() if name in names}
             model.save_pretrained(folder, state_dict=weights)
-            model.config.dtype = dtype  # save_pretrained wrote the dtype of training
-            model.config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
     final = Path(config.output_dir) / "final"
