@@ -52,6 +52,11 @@ def student_with_dropout(folder: Path, attention_dropout: float = 0.2, **changes
     return str(folder)
 
 
+def json_lines(path: Path, *records: dict) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
 def environment(**changes: str) -> dict[str, str]:
     """The environment of a program whose Python processes end with the process that started them."""
     return {**os.environ, "PYTHONPATH": f"{TESTS / 'processes'}:{TESTS.parent}", **changes}

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import multiprocessing
 import os
 import signal
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from helpers import json_lines
 
 from kdkit import DistillConfig
 from kdkit.config import DataFields, UsageError
@@ -35,13 +35,8 @@ def rows_of(texts, tokenizer, max_length):
     return Rows.of([row for rows, _ in make_rows(documents, tokenizer, max_length) for row in rows])
 
 
-def json_lines(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
-
-
 def words(path, count=200):
-    return json_lines(path, *({"text": f"text number {i} " * (i % 7 + 1)} for i in range(count)))
+    return str(json_lines(path, *({"text": f"text number {i} " * (i % 7 + 1)} for i in range(count))))
 
 
 def messages(*answers):
@@ -199,18 +194,20 @@ def test_data_without_a_row_is_refused(small, tokenizer, tmp_path, monkeypatch, 
     monkeypatch.setattr(tokenizer.backend_tokenizer, "post_processor", None)
     file = json_lines(tmp_path / "a.jsonl", *records)
     with pytest.raises(UsageError, match=rf"a\.jsonl, split train has {message}"):
-        load_rows(small(dataset=file, **fields), tokenizer)
+        load_rows(small(dataset=str(file), **fields), tokenizer)
 
 
 def test_conversations_for_a_tokenizer_without_a_template_are_refused(small, tokenizer, tmp_path):
     with pytest.raises(UsageError, match=r"a\.jsonl.*has conversations.*no fast tokenizer with a chat template"):
-        load_rows(small(dataset=json_lines(tmp_path / "a.jsonl", messages("x"))), tokenizer)
+        load_rows(small(dataset=str(json_lines(tmp_path / "a.jsonl", messages("x")))), tokenizer)
 
 
 def test_what_was_cut_and_left_out_is_described(small, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", CHATML)
     records = [messages("word " * 60), messages("short"), {"messages": [{"role": "user", "content": "hi"}]}]
-    config = small(dataset=json_lines(tmp_path / "a.jsonl", *records), eval_dataset="embedded", max_train_tokens=None)
+    config = small(
+        dataset=str(json_lines(tmp_path / "a.jsonl", *records)), eval_dataset="embedded", max_train_tokens=None
+    )
     (line,) = batches.describe_rows(load_rows(config, tokenizer)[0], config)
     assert line.startswith("3 conversations of column messages: 1 have over 64 tokens") and "keep_start" in line
     assert "2 are left out" in line  # the long one's answer was cut off
@@ -231,7 +228,7 @@ def test_a_mistake_found_in_another_process_is_one_line(small, tokenizer, tmp_pa
     refuse = "{% if messages[0].content == 'x' %}{{ raise_exception('no x') }}{% endif %}"
     monkeypatch.setattr(tokenizer, "chat_template", CHATML + refuse)
     file = json_lines(tmp_path / "a.jsonl", *[messages("words")] * 1500, messages("x"))
-    config = small(dataset=file, eval_dataset="embedded", num_proc=2, streaming=True, max_train_tokens=10**9)
+    config = small(dataset=str(file), eval_dataset="embedded", num_proc=2, streaming=True, max_train_tokens=10**9)
     with pytest.raises(UsageError, match=r"row 1501: the chat template refuses") as error:
         load_rows(config, tokenizer)
     assert "\n" not in str(error.value)
@@ -323,7 +320,7 @@ def test_the_command_prints_the_data_and_its_first_rows_with_the_loss_marked(sma
     template = tmp_path / "template.jinja"
     template.write_text(CHATML)
     file = json_lines(tmp_path / "a.jsonl", messages("one"), messages("two"))
-    main(["--dataset", file, "--eval_dataset", "embedded", "--chat_template", str(template)])
+    main(["--dataset", str(file), "--eval_dataset", "embedded", "--chat_template", str(template)])
     printed = capsys.readouterr().out
     assert "2 conversations" in printed and "tokens in the loss" in printed and printed.count("\n---\n") == 1
     for word in ("one", "two"):

@@ -1,9 +1,9 @@
 import errno
-import json
 from types import SimpleNamespace
 
 import datasets
 import pytest
+from helpers import json_lines
 from huggingface_hub import errors
 
 from kdkit.config import UsageError
@@ -16,11 +16,6 @@ def read(small, dataset, part="train", **fields):
     """The documents of a part. Nothing is held out unless `held_out` is given."""
     fields = fields if fields.pop("held_out", False) else {"eval_dataset": "embedded", **fields}
     return list(documents_of(open_source(small(dataset=str(dataset), **fields), part)))
-
-
-def json_lines(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 def turn(role, content):

@@ -203,7 +203,8 @@ def _up_to(rows: Iterator[dict], limit: float) -> Iterator[dict]:
 
 def describe_rows(rows: Sequence[dict], config: DistillConfig) -> list[str]:
     """Return lines that say what was read, and how many samples were cut or left out."""
-    counts, mode = Rows.of(rows).counts, config.truncation_mode or "split if texts, keep_start if conversations"
+    counts = Rows.of(rows).counts
+    mode = config.truncation_mode or ("split" if "texts" in str(counts["kind"]) else "keep_start")
     return [
         f"{counts['samples']:,} {counts['kind']}: {counts['too_long']:,} have over {config.max_length:,} tokens "
         f"({mode}); {counts['dropped']:,} are left out, as they have no token in the loss"

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
+from jinja2 import TemplateError
 
 from kdkit.config import UsageError
 from kdkit.data.sources import Document
@@ -166,8 +167,6 @@ def _find_turn(document: Document, turn: int, text: str, tokenizer, endings: tup
 
 def _render(document: Document, number: int, tokenizer, tokenize=False, **options):
     """Apply the chat template to the first messages of a conversation."""
-    from jinja2 import TemplateError
-
     messages = document.messages[:number]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options) if messages else ""

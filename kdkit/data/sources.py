@@ -165,19 +165,15 @@ def _document(sample: dict, row: int, source: Source) -> Document:
         value = sample[column]
         if isinstance(value, str) and len(source.columns) == 2:
             value = [{"role": role, "content": value}]
-        for message in value if isinstance(value, list) else [value]:
-            messages.append(_check_message(message, f"{where}, column {column!r}"))
+        for found in value if isinstance(value, list) else [value]:
+            # `datasets` gives each message all fields that any message has
+            message = {k: field for k, field in found.items() if field is not None} if isinstance(found, dict) else {}
+            if "tool_calls" in message:
+                message.setdefault("content", "")
+            if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+                raise UsageError(
+                    f"{where}, column {column!r} has {found!r:.100}, expected a list of messages: "
+                    f'{{"role": "user", "content": "text"}}, with the roles {", ".join(ROLES)}'
+                )
+            messages.append(message)
     return Document(row, messages=messages, learn_from=learn_from)
-
-
-def _check_message(value: Any, where: str) -> dict:
-    """Return a message without the empty fields that `datasets` adds."""
-    message = {key: field for key, field in value.items() if field is not None} if isinstance(value, dict) else {}
-    if "tool_calls" in message:
-        message.setdefault("content", "")
-    if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-        raise UsageError(
-            f"{where} has {value!r:.100}, expected a list of messages: "
-            f'{{"role": "user", "content": "text"}}, with the roles {", ".join(ROLES)}'
-        )
-    return message
