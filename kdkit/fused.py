@@ -67,7 +67,7 @@ def fused_kd_loss(
         alpha, temperature, divergence, num_items_in_batch, divergence_options: as in `kdkit.losses.kd_loss`.
         vocab_size: the entries of both vocabularies to use; None uses those of the narrower head.
         chunk_size: the number of tokens whose logits exist at one time; None chooses it.
-        compile: compute step 3 with `torch.compile`; the first call then takes about 15 seconds more.
+        compile: use `torch.compile` for step 3; the first call then takes about 15 seconds more.
 
     Returns:
         KDLoss. Its loss can be differentiated once.
@@ -185,13 +185,10 @@ class _ChunkedLoss(torch.autograd.Function):
 def block_sums_and_gradient(
     z: Tensor, labels: Tensor, *teacher: Tensor, alpha: float, temperature: float, divergence: Callable, options: dict
 ) -> tuple[Tensor, Tensor]:
-    """The sums (3,) of loss, CE and T^2 * D over a block, and the gradient (R, V) of the first with respect to z.
+    """Return the sums (3,) of loss, CE and T^2 * D over a block, and the gradient (R, V) of the first for z.
 
-    Args:
-        z: the student's logits, (R, V).
-        labels: (R,).
-        teacher: its logits (R, V); or the ids (R, K) and log-probabilities (R, K + 1) of `TopK`; nothing at alpha = 1.
-        alpha, temperature, divergence, options: as in `kdkit.losses.loss_sums`.
+    z (R, V) are the student's logits and labels is (R,). `teacher` is its logits (R, V), or the two tensors of `TopK`,
+    or nothing at alpha = 1. The other arguments are those of `kdkit.losses.loss_sums`.
     """
     targets = TopK(*teacher) if len(teacher) == 2 else next(iter(teacher), None)
     with torch.enable_grad():
@@ -205,8 +202,8 @@ def block_sums_and_gradient(
 @functools.cache
 def compile_block(device_type: str, function: Callable = block_sums_and_gradient) -> Callable:
     """Compile `block_sums_and_gradient` for blocks of any size."""
-    # On a GPU, which is bound by memory, the logits are read twice and the gradient is written once: 18 bytes an entry.
-    # By default, the compiler would store the intermediate results of some divergences. On a CPU, that is faster.
+    # With this option each logit is read twice and its gradient written once: 18 bytes per entry for all divergences.
+    # Without it the compiler stores intermediate results of some, which is faster on a CPU, but not on a GPU.
     options = None if device_type == "cpu" else {"realize_reads_threshold": 32}
     torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see through torch.autograd.grad
     return torch.compile(function, dynamic=True, options=options)
@@ -215,10 +212,7 @@ def compile_block(device_type: str, function: Callable = block_sums_and_gradient
 def should_compile(wanted: bool | None, num_logits: float, device: torch.device) -> tuple[bool, str]:
     """Return whether to compile the loss of a run, and a line that explains it.
 
-    Args:
-        wanted: the field `compile_loss`; None decides by the size of the run.
-        num_logits: tokens x vocabulary of the whole run, on one device.
-        device: where the loss is computed.
+    `wanted` is the field `compile_loss`; None decides by `num_logits`, tokens x vocabulary of the run on one device.
     """
     kind = "cpu" if device.type == "cpu" else "gpu"
     if wanted is False:
