@@ -218,6 +218,7 @@ def test_final_is_loaded_by_transformers_with_the_trained_weights(small, tmp_pat
 # --- kills and damage
 
 
+@pytest.mark.slow
 def test_run_killed_in_an_evaluation_a_save_and_the_export_ends_as_one_that_is_not(tmp_path):
     alone = DistillConfig(**kills.RUN, max_steps=16, output_dir=str(tmp_path / "alone_1"))
     train(alone)

@@ -106,8 +106,10 @@ def finished(runs, kind, accumulation):
     return config
 
 
-@pytest.mark.parametrize("accumulation", [4, 1])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+CASES = [("fsdp", 1), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("fsdp", 4), ("ddp", 1), ("ddp", 4)))]
+
+
+@pytest.mark.parametrize("kind, accumulation", CASES)
 def test_two_ranks_are_one_rank(runs, kind, accumulation):
     reference = finished(runs, "one", accumulation)
     assert_same_run(finished(runs, kind, accumulation), reference, 2e-5)
@@ -116,6 +118,7 @@ def test_two_ranks_are_one_rank(runs, kind, accumulation):
         assert first[0][key] == pytest.approx(first[1][key], rel=tolerance)  # the first step: before Adam amplifies
 
 
+@pytest.mark.slow
 def test_last_step_of_an_epoch_in_those_runs_is_incomplete(runs):
     """So one rank gets a micro-batch without a row."""
     config = runs["ddp", 4]
@@ -124,12 +127,14 @@ def test_last_step_of_an_epoch_in_those_runs_is_incomplete(runs):
     assert any((batch["labels"] == -100).all() for batch in steps[steps.steps_per_epoch - 1])
 
 
+@pytest.mark.slow
 def test_run_saved_on_two_ranks_and_resumed_on_one_is_the_same(runs, tmp_path):
     whole = finished(runs, "fsdp", 4)
     config = resumed(whole, tmp_path, "one", batch_size=2)
     assert_same_run(config, finished(runs, "one", 4), 2e-5)
 
 
+@pytest.mark.slow
 def test_run_saved_on_one_rank_and_resumed_on_two_is_the_same(runs, tmp_path):
     whole = finished(runs, "one", 4)
     assert_same_run(resumed(whole, tmp_path, "fsdp", batch_size=1), whole, 2e-5)
@@ -149,6 +154,7 @@ def resumed(config, tmp_path, kind, **fields):
     return config
 
 
+@pytest.mark.slow
 def test_run_resumed_on_half_the_ranks_alone_reports_the_rows_of_a_step(runs, tmp_path, capsys):
     folder = shutil.copytree(finished(runs, "fsdp", 1).output_dir, tmp_path / "run")
     shutil.rmtree(checkpoints(folder)[-1])
@@ -156,6 +162,7 @@ def test_run_resumed_on_half_the_ranks_alone_reports_the_rows_of_a_step(runs, tm
     assert "4 rows per step, 8 when it was written" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_ranks_have_different_dropout(small, tmp_path):
     """On the same rows: what the teacher gives is then the same on both, and what the student gives is not."""
     look = """
@@ -235,6 +242,7 @@ def script(tmp_path, text) -> str:
     return str(tmp_path / "script.py")
 
 
+@pytest.mark.slow
 def test_each_rank_holds_its_half_of_both_models(tmp_path):
     run = run_processes(command("fsdp", script(tmp_path, PROBE), precision="bf16"))
     assert run.returncode == 0, run.stdout + run.stderr
@@ -242,6 +250,7 @@ def test_each_rank_holds_its_half_of_both_models(tmp_path):
         assert f"rank {rank} holds its half; sharded over 2 ranks (shard, auto" in run.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_student_exported_by_fsdp_is_the_one_of_the_checkpoint(small, tmp_path, tied):
     folder = student_with_dropout(tmp_path / "student", attention_dropout=0.0, tie_word_embeddings=tied)
@@ -258,6 +267,7 @@ def test_student_exported_by_fsdp_is_the_one_of_the_checkpoint(small, tmp_path, 
         assert torch.equal(torch.cat(shards), value), name
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_no_number(runs, tmp_path):
     whole = finished(runs, "fsdp", 1)
     config = replace(whole, output_dir=str(tmp_path / "run"))
@@ -272,6 +282,7 @@ def test_activation_checkpointing_changes_no_number(runs, tmp_path):
 # --- what goes wrong
 
 
+@pytest.mark.slow
 def test_rank_killed_in_a_save_ends_the_other_and_the_resumed_run_is_the_same_bit_for_bit(runs, tmp_path):
     kill = """
         import os, signal, sys
@@ -296,6 +307,7 @@ def test_rank_killed_in_a_save_ends_the_other_and_the_resumed_run_is_the_same_bi
     assert_same_run(config, complete, 0)
 
 
+@pytest.mark.slow
 def test_loss_not_finite_on_one_rank_stops_both_and_the_rank_is_named(small, tmp_path):
     broken = """
         import functools, os, sys
@@ -320,6 +332,7 @@ def test_loss_not_finite_on_one_rank_stops_both_and_the_rank_is_named(small, tmp
     assert [path.name for path in checkpoints(config.output_dir)] == ["step_00000002"]
 
 
+@pytest.mark.slow
 def test_sharded_checkpoint_without_a_chunk_is_not_loaded_in_part(runs, tmp_path):
     """The chunk of one rank is missing, and the sizes of the files are right: names and shapes are complete."""
     folder = shutil.copytree(finished(runs, "fsdp", 1).output_dir, tmp_path / "run")
@@ -393,6 +406,7 @@ def test_configuration_file_reaches_the_processes_as_it_is_written(path, monkeyp
         }
 
 
+@pytest.mark.slow
 def test_two_launchers_meet_as_two_machines_would(small):
     config = small(max_steps=2)
     file = str(ROOT / "accelerate_configs" / "fsdp_multinode.yaml")

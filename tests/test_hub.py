@@ -112,6 +112,7 @@ def python_m(module, *argv, env):
     return subprocess.run([sys.executable, "-m", module, *argv], capture_output=True, text=True, env=env)
 
 
+@pytest.mark.slow
 def test_run_from_the_hub_is_cached_for_use_offline(hub, tmp_path):
     data = ["--teacher_model", "some/model", "--dataset", "some/data", "--dataset_config", "small",
             "--eval_split", "test", "--max_length", "64"]  # fmt: skip

@@ -22,7 +22,10 @@ from kdkit.train import train
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(os.environ.get("KDKIT_REAL_MODEL", ROOT / "models" / "smollm2-135m-instruct"))
-pytestmark = pytest.mark.skipif(not (FOLDER / "config.json").is_file(), reason=f"no model in {FOLDER}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (FOLDER / "config.json").is_file(), reason=f"no model in {FOLDER}"),
+]
 
 
 @pytest.fixture(scope="module")

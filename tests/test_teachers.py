@@ -82,6 +82,7 @@ def test_offloaded_teacher_of_one_process_gives_the_same_outputs(tied):
     torch.testing.assert_close(teacher(BATCH), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_teacher_of_two_fsdp_ranks_gives_the_same_outputs_wherever_it_is_kept(tmp_path):
     """With fsdp_cpu_ram_efficient_loading only rank 0 needs to have the weights: the other one receives them."""
     save_file({"hidden": OnlineTeacher(load_teacher(dtype=torch.float32))(BATCH)[0]}, tmp_path / "expected.safetensors")
@@ -271,6 +272,7 @@ def test_missing_and_damaged_files_are_noticed_and_stored_again(stored, monkeypa
     assert (folder / "train-000002.safetensors").stat().st_mtime_ns == untouched
 
 
+@pytest.mark.slow
 def test_killed_command_leaves_complete_files_and_stores_the_others_later(stored, tmp_path):
     config = stored()
     killed = replace(config, targets_dir=str(tmp_path / "killed"))
@@ -294,6 +296,7 @@ def test_killed_command_leaves_complete_files_and_stores_the_others_later(stored
     assert contents(killed.targets_dir) == contents(config.targets_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_ranks_store_the_same_files_as_one(stored, tmp_path, kind):
     config = stored(targets="top_k", top_k=16, max_train_tokens=1450)  # five rows a rank do not divide

@@ -80,6 +80,7 @@ def test_run_without_wandb_continues(small, capsys, monkeypatch):
     assert steps_of(config) == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key, why", [("", "not logged in"), (KEY, "")])
 def test_run_without_a_login_or_an_answer_continues(small, tmp_path, key, why):
     config = small(use_wandb=True, max_steps=8)
@@ -98,6 +99,7 @@ def test_run_without_a_login_or_an_answer_continues(small, tmp_path, key, why):
     assert steps_of(config) == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_client_that_is_killed_costs_no_step(small, capsys):
     config = small(use_wandb=True, max_steps=8)
 
