@@ -55,17 +55,16 @@ class BodyAndHead(nn.Module):
 
         Compares both on a few tokens, which shows soft caps, scales and biases.
         """
-        weight = self.model.get_output_embeddings().weight
-        if weight.is_meta:  # with FSDP only rank 0 loads the weights, and makes this comparison
+        head = self.model.get_output_embeddings().weight
+        if head.is_meta:  # with FSDP only rank 0 loads the weights, and makes this comparison
             return
         was_training = self.training
         self.eval()
-        ids = torch.arange(4, device=weight.device)[None]
-        batch = {"input_ids": ids, "position_ids": ids}
-        hidden, head = self(batch)
-        logits = self.model(**batch, use_cache=False).logits.float()
+        ids = torch.arange(4, device=head.device)[None]
+        output = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
         self.train(was_training)
-        difference = (hidden.float() @ head.float().T - logits).abs().max()
+        hidden, logits = output.hidden_states[-1].float(), output.logits.float()
+        difference = (hidden @ head.float().T - logits).abs().max()
         if difference > 0.05 * logits.abs().max() + 1e-3:  # not with NaN: a fault of the weights, found in evaluation
             names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
             found = [f"{name} = {value}" for name in names if (value := getattr(self.model.config, name, None))]
