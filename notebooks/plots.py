@@ -1,7 +1,7 @@
 """The figures of the notebooks: pure functions of numbers that return a matplotlib Figure.
 
-The colours are Okabe and Ito's, which readers with any colour vision tell apart; lines differ in style too, so that
-nothing is lost in grey.
+The colours are those of Okabe and Ito, which can be distinguished with any colour vision. Lines, markers and hatches
+differ as well, so that the figures can also be read in grey.
 """
 
 from collections.abc import Sequence
@@ -30,24 +30,21 @@ def _figure(num_axes: int = 1, width: float = 5.2, height: float = 3.6):
 
 
 def training_curves(history: list[dict]) -> Figure:
-    """The loss of a run so far, on its training text and on the held-out one, against the step.
+    """Plot the loss of a run so far against the step, on training and on held-out text.
 
     Args:
-        history: its events, as in metrics.jsonl.
+        history: the events of the run, as in metrics.jsonl.
     """
     figure, (axis,) = _figure(1, width=6.4)
-    for index, part in enumerate(("train", "eval")):
-        events = [event for event in history if f"{part}/step" in event]
-        steps, losses = ([event[f"{part}/{key}"] for event in events] for key in ("step", "loss"))
-        style = {"marker": "o", "markersize": 4} if part == "eval" else {"linewidth": 1}
-        label = {"train": "training text, single steps", "eval": "held-out text"}[part]
+    for index, split in enumerate(("train", "eval")):
+        events = [event for event in history if f"{split}/step" in event]
+        steps, losses = ([event[f"{split}/{key}"] for event in events] for key in ("step", "loss"))
+        style = {"marker": "o", "markersize": 4} if split == "eval" else {"linewidth": 1}
+        label = {"train": "training text, single steps", "eval": "held-out text"}[split]
         axis.plot(steps, losses, color=COLOURS[index], label=label, **style)
     axis.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axis.legend(frameon=False)
     return figure
-
-
-# --- the figures of the notebooks ----------------------------------------------------------------------------
 
 
 def curves(
@@ -63,14 +60,14 @@ def curves(
     marks: dict[str, float] | None = None,
     filled: str | None = None,
 ) -> Figure:
-    """Lines over a common x.
+    """Plot lines over a common x.
 
     Args:
         x: (n,).
         lines: name -> (n,), or (n, seeds): then each seed is a point, and the line goes through the means.
         levels: name -> y of a horizontal line.
         marks: name -> x of a vertical line.
-        filled: the line that is drawn as a grey area, as the thing that the others are compared with.
+        filled: the name of the line that is drawn as a grey area, since the others are compared with it.
     """
     figure, (axis,) = _figure(1, width=6.4)
     lines = {name: np.asarray(values, dtype=float) for name, values in lines.items()}
@@ -96,14 +93,14 @@ def curves(
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if log_x:
         axis.set_xscale("log")
-    if len(x) <= 12:  # few places: each has its tick
-        axis.set_xticks(x, [f"{float(place):,g}" for place in x])
+    if len(x) <= 12:  # few values: each gets a tick
+        axis.set_xticks(x, [f"{float(value):,g}" for value in x])
         axis.minorticks_off()
     if log_y:
         axis.set_yscale("log")
     elif not levels and all(values.min() >= 0 for values in lines.values()):
         axis.set_ylim(bottom=0)
-    if levels:  # "best" does not see horizontal lines
+    if levels:  # the position "best" does not avoid horizontal lines
         figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     else:
         axis.legend(frameon=False, fontsize=8)
@@ -111,13 +108,13 @@ def curves(
 
 
 def token_strips(tokens: Sequence[str], values: dict[str, Sequence[float]], unit: str, columns: int = 64) -> Figure:
-    """A text with each token on a colour: one strip for each kind of value, all on one scale, dark where it is low.
+    """Show a text with each token on a coloured background: one strip per quantity, dark where the value is low.
 
     Args:
         tokens: the n tokens as text.
-        values: what is shown -> (n,).
-        unit: of the values, for the colour bar.
-        columns: characters in a line.
+        values: the name of a quantity -> (n,). All strips have the same scale.
+        unit: the unit of the values, for the colour bar.
+        columns: the number of characters per line.
     """
     cells, column, line = [], 0, 0  # (token, column, line)
     for token in tokens:
@@ -148,11 +145,11 @@ def token_strips(tokens: Sequence[str], values: dict[str, Sequence[float]], unit
 
 
 def token_bars(tokens: Sequence[str], groups: dict[str, Sequence[float]], title: str = "") -> Figure:
-    """Probabilities of a few tokens, side by side for a few distributions.
+    """Plot the probabilities of a few tokens, side by side for a few distributions.
 
     Args:
-        tokens: the k tokens as text, the likeliest first.
-        groups: name of a distribution -> (k,).
+        tokens: the k tokens as text, the most likely one first.
+        groups: the name of a distribution -> (k,).
     """
     figure, (axis,) = _figure(1, width=6.4, height=1.2 + 0.16 * len(tokens) * (len(groups) + 0.6))
     height = 0.8 / len(groups)
@@ -172,36 +169,36 @@ def token_bars(tokens: Sequence[str], groups: dict[str, Sequence[float]], title:
 def reliability(
     groups: dict[str, tuple[Sequence[float], Sequence[bool]]], title: str = "", bins: int = 10, least: int = 20
 ) -> Figure:
-    """Does a model that says 70 % come true in 70 % of the cases? On the diagonal it does; below, it promises too much.
+    """Plot how often the most likely token came next, against its probability: below the diagonal is overconfident.
 
     Args:
-        groups: name -> (confidence, whether it came true), each (N,), one for a token.
-        least: tokens that a bin must have to be shown; the share of a few is mostly chance.
+        groups: name -> (confidence, whether the most likely token came next), each (N,), one value per token.
+        least: the number of tokens that a bin must have to be shown; the fraction of a few is mostly chance.
     """
     figure, (left, right) = _figure(2, width=4.8)
     left.plot([0, 1], [0, 1], color=TEACHER, linewidth=1, linestyle=":", label="calibrated")
-    for index, (name, (confidence, came_true)) in enumerate(groups.items()):
-        confidence, came_true = np.asarray(confidence, dtype=float), np.asarray(came_true, dtype=float)
+    for index, (name, (confidence, correct)) in enumerate(groups.items()):
+        confidence, correct = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
         bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
         cells = [bin_of == b for b in range(bins) if (bin_of == b).sum() >= least]
         means = [confidence[cell].mean() for cell in cells]
         style = {"color": COLOURS[index % 6], "linestyle": STYLES[index % 6], "marker": MARKERS[index % 6]}
-        left.plot(means, [came_true[cell].mean() for cell in cells], label=name, markersize=5, **style)
+        left.plot(means, [correct[cell].mean() for cell in cells], label=name, markersize=5, **style)
         right.plot(means, [cell.mean() for cell in cells], label=name, markersize=5, **style)
-    left.set(xlabel="confidence: probability of the likeliest token", ylabel="share in which it was the next token",
+    left.set(xlabel="confidence: probability of the most likely token", ylabel="fraction in which it came next",
              title=title, xlim=(0, 1), ylim=(0, 1))  # fmt: skip
-    right.set(xlabel="confidence", ylabel="share of all tokens", title="How often it is that sure", xlim=(0, 1))
+    right.set(xlabel="confidence", ylabel="fraction of all tokens", title="Distribution of the confidence", xlim=(0, 1))
     right.set_ylim(bottom=0)
     left.legend(frameon=False, fontsize=8)
     return figure
 
 
 def points(panels: dict[str, dict[str, Sequence[float]]], levels: dict[str, float] | None = None) -> Figure:
-    """Every single value as a point, and the mean as a bar: one panel for each quantity, one column for each group.
+    """Plot every value as a point and the mean as a bar: one panel per quantity, one column per group.
 
     Args:
-        panels: quantity with its unit -> group -> values, of a seed each, say.
-        levels: quantity -> a level to compare with, the teacher's.
+        panels: quantity with its unit -> group -> values, for example one per seed.
+        levels: quantity -> the teacher's value, to compare with.
     """
     figure, axes = _figure(len(panels), width=2.9, height=3.2)
     for axis, (quantity, groups) in zip(axes, panels.items(), strict=True):
@@ -222,8 +219,7 @@ def points(panels: dict[str, dict[str, Sequence[float]]], levels: dict[str, floa
 
 
 def heat_maps(maps: dict[str, Sequence], rows: Sequence, columns: Sequence, row_name: str, column_name: str) -> Figure:
-    """Numbers over two settings, each written into its cell; light is better where the title says "higher", and
-    where it says "lower" the scale is turned, so that light is always better.
+    """Show numbers over two settings as colours and as text. Light is better: a title with "lower" reverses the scale.
 
     Args:
         maps: title -> (rows, columns).
@@ -245,10 +241,10 @@ def heat_maps(maps: dict[str, Sequence], rows: Sequence, columns: Sequence, row_
 
 
 def predicted_and_counted(groups: dict[str, tuple[float, float, float]], quantity: str) -> Figure:
-    """A prediction against a count, with two standard errors; on the diagonal the prediction holds.
+    """Plot counted against predicted fractions, with two standard errors; on the diagonal they are equal.
 
     Args:
-        groups: name -> (predicted, counted, standard error of the count), shares.
+        groups: name -> (predicted, counted, standard error of the count), as fractions.
         quantity: what is predicted.
     """
     figure, (axis,) = _figure(1, width=4.6, height=4.0)
@@ -256,7 +252,7 @@ def predicted_and_counted(groups: dict[str, tuple[float, float, float]], quantit
     for index, (name, (predicted, counted, error)) in enumerate(groups.items()):
         axis.errorbar(predicted, counted, yerr=2 * error, color=COLOURS[index % 6], marker=MARKERS[index % 6],
                       linestyle="", capsize=3, label=name)  # fmt: skip
-    axis.set(xlabel=f"{quantity}, predicted", ylabel=f"{quantity}, counted", xlim=(0, 1.02), ylim=(0, 1.02))
+    axis.set(xlabel=f"predicted {quantity}", ylabel=f"counted {quantity}", xlim=(0, 1.02), ylim=(0, 1.02))
     axis.legend(frameon=False, fontsize=8)
     return figure
 
@@ -264,11 +260,11 @@ def predicted_and_counted(groups: dict[str, tuple[float, float, float]], quantit
 def stacked_bars(
     bars: dict[str, dict[str, float]], *, xlabel: str, title: str = "", levels: dict[str, float] | None = None
 ) -> Figure:
-    """What a whole is made of, one bar for each whole, with its total at the end.
+    """Plot totals as bars that are made of parts, with the total at the end of each bar.
 
     Args:
-        bars: whole -> part -> size; the same parts in the same order in each.
-        levels: name -> a size that the wholes are compared with, drawn as a vertical line.
+        bars: name of the bar -> part -> size; the same parts in the same order in each.
+        levels: name -> a size to compare the totals with, drawn as a vertical line.
     """
     figure, (axis,) = _figure(1, width=8.2, height=1.5 + 0.55 * len(bars))
     longest = max([sum(parts.values()) for parts in bars.values()] + list((levels or {}).values()))

@@ -1,27 +1,52 @@
-"""Run notebooks from top to bottom and leave them with clean outputs, ready to be committed.
+"""Run notebooks from top to bottom and write their outputs, cleaned, into them.
 
-    python notebooks/run.py                     # all of them but the training notebook, which is committed stripped
+    python notebooks/run.py                     # all of them
     python notebooks/run.py 02_loss_math        # this one
 
-Left out: execution counts, times, widgets (blank without a kernel) and stderr. Figures get a palette of 64 colours.
+Removed: execution counts, times, widgets (blank without a kernel) and stderr. Figures get a palette of 64 colours.
 """
 
 import base64
 import io
+import os
 import sys
 import time
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbclient.output_widget import OutputWidget
 from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the kernels: with more, threads of small models wait for each other
+
+
+class SilentOutput(OutputWidget):
+    """The place of a slider's figure. It does not send the figure back to the kernel, which does not need it.
+
+    nbclient sends it on the channel on which it waits for the end of the cell, and then sometimes misses the end and
+    waits for its timeout (github.com/jupyter/nbclient/issues/312).
+    """
+
+    def send(self, *_, **__) -> None:
+        """Send nothing."""
+
+
+def execute(notebook, folder: Path = FOLDER, timeout: int = 900) -> None:
+    """Run all cells of a notebook in a new kernel, and leave their outputs in it.
+
+    Raises:
+        CellExecutionError: a cell raised an exception.
+    """
+    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": folder}})
+    client.widget_registry["@jupyter-widgets/output"]["OutputModel"] = SilentOutput
+    client.execute()
 
 
 def clean_outputs(outputs):
-    """The outputs of a cell as they are committed; what was printed in pieces is joined."""
+    """Return the outputs of a cell as they are committed, with consecutive pieces of printed text joined."""
     kept = []
     for output in filter(None, map(clean_output, outputs)):
         if kept and output.output_type == kept[-1].output_type == "stream":
@@ -32,7 +57,7 @@ def clean_outputs(outputs):
 
 
 def clean_output(output):
-    """An output as it is committed, or None."""
+    """Return an output as it is committed, or None if it is removed."""
     if output.get("name") == "stderr" or WIDGET in output.get("data", {}):
         return None
     if "execution_count" in output:
@@ -46,11 +71,10 @@ def clean_output(output):
 
 
 def run(path: Path) -> None:
-    """Execute a notebook where it lies, and write it back with its outputs."""
+    """Execute a notebook in its folder, and write it back with its outputs."""
     notebook = nbformat.read(path, as_version=4)
     since = time.time()
-    resources = {"metadata": {"path": FOLDER}}
-    NotebookClient(notebook, timeout=600, resources=resources).execute()
+    execute(notebook)
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
@@ -60,13 +84,12 @@ def run(path: Path) -> None:
     written = nbformat.writes(notebook)
     for private in (str(FOLDER.parent), str(Path.home()) + "/", "/tmp/"):
         if private in written:
-            raise ValueError(f"an output of {path.name} holds {private}: print less")
+            raise ValueError(f"an output of {path.name} contains {private}: print less")
     path.write_text(written + "\n", encoding="utf-8")
     print(f"{path.name}: {time.time() - since:.0f} s, {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":
-    paths = [FOLDER / f"{Path(name).stem}.ipynb" for name in sys.argv[1:]]
-    for path in paths or sorted(FOLDER.glob("*.ipynb")):
-        if paths or "default_exp" not in path.read_text(encoding="utf-8"):
-            run(path)
+    chosen = [FOLDER / f"{Path(name).stem}.ipynb" for name in sys.argv[1:]]
+    for path in chosen or sorted(FOLDER.glob("*.ipynb")):
+        run(path)

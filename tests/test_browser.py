@@ -1,7 +1,7 @@
-"""In a real JupyterLab in a real browser: a slider moves its figure, and a live plot moves while its run trains.
+"""In a real JupyterLab in a real browser: a slider changes its figure, and a live plot changes while its run trains.
 
-Needs JupyterLab, playwright's Python package and a Chromium or Chrome of the system; without them it is skipped. (No
-browser is downloaded: playwright drives the one that is there.)
+Needs JupyterLab, playwright's Python package and an installed Chromium or Chrome; without them the tests are skipped.
+(playwright downloads no browser: it uses the installed one.)
 """
 
 import json
@@ -18,11 +18,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-WAIT = 120_000  # milliseconds until something that should happen counts as not happening: machines may be busy
+WAIT = 120_000  # milliseconds until a test fails because something did not happen: machines may be busy
 SETTINGS = {
-    "notebook-extension/tracker": {"windowingMode": "none"},  # cells out of sight stay in the page
+    "notebook-extension/tracker": {"windowingMode": "none"},  # cells stay in the page while they are not visible
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +40,10 @@ def browser():
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """The address of a JupyterLab on a copy of the notebooks."""
+    """The address of a JupyterLab that shows a copy of the notebooks."""
     pytest.importorskip("jupyterlab", reason="JupyterLab is not installed (the extra notebook has it)")
     root = tmp_path_factory.mktemp("lab")
-    for folder in ("notebooks", "accelerate_configs", "benchmarks"):  # the latter two are read by notebook 4
+    for folder in ("notebooks", "accelerate_configs", "benchmarks"):  # notebook 4 reads the latter two
         shutil.copytree(ROOT / folder, root / folder)
     for name, values in SETTINGS.items():
         path = root / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
@@ -53,7 +54,8 @@ def lab(tmp_path_factory):
         port = free.getsockname()[1]
     options = {"ip": "127.0.0.1", "port": port, "port_retries": 0, "allow_root": True, "open_browser": False}
     command = [sys.executable, "-m", "jupyterlab", "--LabApp.expose_app_in_browser=True", "--IdentityProvider.token="]
-    environment = {**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(root / "settings")}
+    environment = {**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(root / "settings"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment.pop("ACCELERATE_MIXED_PRECISION", None)
     with open(root / "log", "w") as log:
         server = subprocess.Popen(
@@ -65,7 +67,7 @@ def lab(tmp_path_factory):
         wait_for(url, server, root / "log")
         yield url
     finally:
-        server.terminate()  # and with it its kernels
+        server.terminate()  # ends its kernels, too
         server.wait(30)
 
 
@@ -80,7 +82,7 @@ def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
 
 
 def run_all(browser, lab: str, name: str):
-    """A page on which this notebook is running from top to bottom."""
+    """Open a notebook and start to run it from top to bottom. Returns the page."""
     page = browser.new_page(viewport={"width": 1200, "height": 1000})
     page.set_default_timeout(WAIT)
     page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
@@ -90,35 +92,35 @@ def run_all(browser, lab: str, name: str):
     return page
 
 
-def another(page, image, before: str) -> str:
-    """The source of an image, once it is not what it was before."""
+def changed_source(page, image, before: str) -> str:
+    """Wait until an image differs from `before`, and return its source."""
     for _ in range(WAIT // 100):
-        source = image.get_attribute("src")  # waits where there is no image for the moment
+        source = image.get_attribute("src")  # waits if there is no image at the moment
         if source != before:
             return source
         page.wait_for_timeout(100)
-    raise AssertionError("the figure stays as it was")
+    raise AssertionError("the figure does not change")
 
 
-def test_a_slider_moves_its_figure(browser, lab):
+def test_slider_moved_changes_its_figure(browser, lab):
     page = run_all(browser, lab, "02_loss_math")
     box = page.locator(".widget-interact").first
     image = box.locator("img")
     figures = [image.get_attribute("src")]
     for handle in box.locator(".noUi-handle").all():
         handle.press("ArrowLeft")
-        figures.append(another(page, image, figures[-1]))
+        figures.append(changed_source(page, image, figures[-1]))
     assert len(set(figures)) == len(figures) > 2
     page.close()
 
 
-def test_the_live_plot_moves_while_the_run_trains(browser, lab):
+def test_live_plot_changes_while_the_run_trains(browser, lab):
     page = run_all(browser, lab, "03_train")
     cell = page.locator(".jp-CodeCell", has_text="live.update(")
     image = cell.locator(".jp-OutputArea img")
     figures = [image.get_attribute("src")]
     for _ in range(3):
-        figures.append(another(page, image, figures[-1]))
+        figures.append(changed_source(page, image, figures[-1]))
     assert len(set(figures)) == 4
     assert cell.locator(".jp-InputPrompt").inner_text() == "[*]:"  # it is still running
     page.close()

@@ -1,6 +1,6 @@
-"""The exercises of the notebooks: each is passed by its solution, which lives here, and by nothing less.
+"""The exercises of the notebooks: the check of each accepts the solution below, and rejects a typical mistake.
 
-A check is run as it stands in the notebook; the solution takes the place of the stub.
+A check runs as it is in the notebook, with the solution in place of the stub.
 """
 
 import ast
@@ -11,7 +11,7 @@ import pytest
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
-# (notebook, function) -> the solution, which the notebook shows folded, and a mistake that the check has to find
+# (notebook, function) -> the solution, which the notebook shows folded, and a mistake that the check must reject
 SOLUTIONS = {
     ("01_teacher_inspection", "best_temperature"): (
         """
@@ -22,9 +22,9 @@ def best_temperature(logits, labels, temperatures):
     ),
     ("01_teacher_inspection", "tokens_needed"): (
         """
-def tokens_needed(p, share):
-    held = p.sort(-1, descending=True).values.cumsum(-1)
-    return (held < share).sum(-1) + 1
+def tokens_needed(p, mass):
+    cumulative = p.sort(-1, descending=True).values.cumsum(-1)
+    return (cumulative < mass).sum(-1) + 1
 """,
         (" + 1", ""),
     ),
@@ -61,11 +61,11 @@ def steps_repeated(cut, save_steps):
     ("04_scaling_out", "layout"): (
         """
 def layout(rows, ranks, fits):
-    mine = rows // ranks
-    batch_size = max(size for size in range(1, fits + 1) if mine % size == 0)
-    return batch_size, mine // batch_size
+    per_rank = rows // ranks
+    batch_size = max(size for size in range(1, fits + 1) if per_rank % size == 0)
+    return batch_size, per_rank // batch_size
 """,
-        ("mine = rows // ranks", "mine = rows"),
+        ("per_rank = rows // ranks", "per_rank = rows"),
     ),
     ("04_scaling_out", "tokens_that_fit"): (
         """
@@ -110,57 +110,62 @@ def tail_gradient(q_v, p_tail, q_tail):
 }
 
 
-def is_import(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Import | ast.ImportFrom)
+@pytest.fixture
+def check(monkeypatch, capsys):
+    """check(notebook, function, solution) returns what the check prints, with the solution in place of the stub."""
+    monkeypatch.syspath_prepend(NOTEBOOKS)  # for `import plots`
+
+    def run(notebook: str, function: str, solution: str | None = None) -> str:
+        tree, names = exercise(notebook, function)
+        if solution is not None:
+            (position,) = (i for i, node in enumerate(tree.body) if getattr(node, "name", None) == function)
+            tree.body[position : position + 1] = ast.parse(solution).body
+        capsys.readouterr()
+        exec(compile(tree, notebook, "exec"), names)
+        return capsys.readouterr().out.strip().splitlines()[-1]
+
+    return run
 
 
 def exercise(notebook: str, function: str) -> tuple[ast.Module, dict]:
-    """The cell with the stub of a function, and the names that the notebook has imported before it."""
+    """Return the cell with the stub of a function, and the names that the notebook has imported before it."""
     names: dict = {}
-    for cell in nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells:
-        if cell.cell_type == "code":
-            tree = ast.parse("\n".join(line for line in cell.source.splitlines() if not line.startswith("%")))
-            if any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree.body):
-                return tree, names
-            exec(compile(ast.Module([n for n in tree.body if is_import(n)], []), notebook, "exec"), names)
+    for cell in code_cells(notebook):
+        tree = ast.parse("\n".join(line for line in cell.source.splitlines() if not line.startswith("%")))
+        if any(getattr(node, "name", None) == function for node in tree.body):
+            return tree, names
+        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        exec(compile(ast.Module(imports, []), notebook, "exec"), names)
     raise AssertionError(f"{notebook} has no exercise {function}")
 
 
-def verdict(notebook: str, function: str, capsys, solution: str | None = None) -> str:
-    """What the check prints, with the solution in the place of the stub."""
-    tree, names = exercise(notebook, function)
-    if solution is not None:
-        for position, node in enumerate(tree.body):
-            if isinstance(node, ast.FunctionDef) and node.name == function:
-                tree.body[position : position + 1] = ast.parse(solution).body
-    capsys.readouterr()
-    exec(compile(tree, notebook, "exec"), names)
-    return capsys.readouterr().out.strip().splitlines()[-1]
+def code_cells(notebook: str) -> list:
+    cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code"]
 
 
 @pytest.mark.parametrize(("notebook", "function"), SOLUTIONS)
 class TestExercise:
-    def test_its_solution_is_right(self, notebook, function, capsys):
-        solution, _ = SOLUTIONS[notebook, function]
-        assert verdict(notebook, function, capsys, solution) == "right"
+    def test_check_of_the_solution_prints_right(self, notebook, function, check):
+        assert check(notebook, function, SOLUTIONS[notebook, function][0]) == "right"
 
-    def test_unsolved_it_is_not_attempted(self, notebook, function, capsys):
-        assert verdict(notebook, function, capsys) == "not attempted yet"
+    def test_check_of_the_stub_prints_not_attempted(self, notebook, function, check):
+        assert check(notebook, function) == "not attempted yet"
 
-    def test_a_mistake_is_found(self, notebook, function, capsys):
+    def test_check_of_a_mistake_prints_not_yet(self, notebook, function, check):
         solution, (right, wrong) = SOLUTIONS[notebook, function]
         assert right in solution
-        assert verdict(notebook, function, capsys, solution.replace(right, wrong)).startswith("not yet")
+        assert check(notebook, function, solution.replace(right, wrong)).startswith("not yet")
 
-    def test_the_notebook_shows_this_solution(self, notebook, function):
+    def test_notebook_shows_the_tested_solution(self, notebook, function):
         cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
         assert any(SOLUTIONS[notebook, function][0].strip() in cell.source for cell in cells)
 
 
-def test_every_exercise_has_a_solution_here():
+def test_every_exercise_has_a_solution():
     found = set()
     for path in NOTEBOOKS.glob("*.ipynb"):
-        for cell in nbformat.read(path, as_version=4).cells:
-            if cell.cell_type == "code" and "not attempted yet" in cell.source:
+        for cell in code_cells(path.stem):
+            if "not attempted yet" in cell.source:
                 found |= {(path.stem, n.name) for n in ast.parse(cell.source).body if isinstance(n, ast.FunctionDef)}
     assert found == set(SOLUTIONS)

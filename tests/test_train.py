@@ -305,9 +305,3 @@ def test_in_a_notebook_the_exported_cells_do_not_parse_a_command_line(monkeypatc
     (cell,) = [cell.source for cell in notebook.cells if '__name__ == "__main__"' in cell.source]
     monkeypatch.setattr("sys.argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     exec(cell.replace("#| export", ""), {"__name__": "__main__", "load_config": load_config})
-
-
-def test_the_notebook_is_committed_stripped():
-    notebook = json.loads((ROOT / "notebooks" / "03_train.ipynb").read_text())
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert code and not any(cell["outputs"] or cell["execution_count"] for cell in code)
