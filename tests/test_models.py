@@ -175,8 +175,7 @@ def test_code_of_a_model_runs_only_if_asked_for(small, folder, tmp_path, monkeyp
 
 
 def test_weights_are_never_unpickled(folder):
-    """Also if the weights could be loaded."""
-    torch.save(load_teacher().state_dict(), folder / "pytorch_model.bin")
+    torch.save(load_teacher().state_dict(), folder / "pytorch_model.bin")  # which could be loaded
     (folder / "model.safetensors").unlink()
     with pytest.raises(UsageError, match=r"teacher_model .*model .*safetensors"):
         load_teacher(str(folder))

@@ -10,7 +10,7 @@ from torch import nn
 from kdkit.config import UsageError
 from kdkit.models import BodyAndHead
 
-PLACEMENTS = {"replicate": "a copy on each device", "shard": "a part on each device", "offload": "in CPU memory"}
+PLACEMENTS = {"replicate": "a copy on each device", "shard": "sharded over {} ranks", "offload": "in CPU memory"}
 
 
 class OnlineTeacher(BodyAndHead):
@@ -38,7 +38,7 @@ class OnlineTeacher(BodyAndHead):
         if placement == "shard" and not several:
             raise UsageError("teacher_placement is shard, but there is one process: use replicate, offload or auto")
         offload = placement == "offload"
-        self.placement = f"{PLACEMENTS[placement]} ({placement})"
+        self.placement = f"{PLACEMENTS[placement].format(accelerator.num_processes)} ({placement})"
 
         from_rank_0 = bool(is_fsdp_enabled())  # then transformers may leave the parameters of the others empty
         weights = self.state_dict() if from_rank_0 and accelerator.is_main_process else {}
@@ -59,9 +59,8 @@ class OnlineTeacher(BodyAndHead):
             cpu_offload(self.model.base_model, device)
         if from_rank_0:
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload)
-            warnings.filterwarnings(
-                "ignore", message=".*(_get_pg_default_device|Multiple backends)"
-            )  # of the next line
+            # torch warns of its own calls here
+            warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")
             set_model_state_dict(self, weights, options=options)
             self.tie_weights()
 
