@@ -45,7 +45,7 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
         model, name = teacher, "teacher"
         if run:
             model = AutoModelForCausalLM.from_pretrained(Path(run) / "final", dtype=torch.float32).eval().to(device)
-            name = f"student, {_kind(config)}: {run}"
+            name = f"student, {'CE only' if config.alpha == 1 else 'distilled'}: {run}"
         metrics = evaluate(model, teacher, rows, config, pad_token_id=tokenizer.pad_token_id)
         values = [pattern.format(metrics[key]) for key, pattern in COLUMNS.values()]
         lines.append([name, f"{count_parameters(model) / 1e6:.2f} M", *values])
@@ -71,10 +71,6 @@ def _read_configs(run_dirs: list[str]) -> dict[str, DistillConfig]:
     return configs
 
 
-def _kind(config: DistillConfig) -> str:
-    return "CE only" if config.alpha == 1 else "distilled"
-
-
 def plot_curves(run_dirs: list[str], path: str | Path) -> None:
     """Plot the held-out cross-entropy and KL to the teacher of each run over its steps, into a PNG file."""
     from matplotlib.figure import Figure
@@ -83,11 +79,11 @@ def plot_curves(run_dirs: list[str], path: str | Path) -> None:
     axes = figure.subplots(1, 2)
     titles = {"eval/ce_loss": "Cross-entropy on held-out text", "eval/kl_t1": "KL(teacher || student)"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for index, (run, config) in enumerate(_read_configs(run_dirs).items()):
+        for index, run in enumerate(run_dirs):
             events = [event for event in read_metrics(Path(run) / "metrics.jsonl") if "eval/step" in event]
             steps, values = ([event[x] for event in events] for x in ("eval/step", key))
             style = {"color": COLOURS[index % 6], "linestyle": ("-", "--", "-.", ":")[index % 4]}
-            axis.plot(steps, values, **style, marker="o", markersize=3, label=f"{_kind(config)}: {run}")
+            axis.plot(steps, values, **style, marker="o", markersize=3, label=run)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.set(xlabel="optimizer step", ylabel="nats per token", title=title)

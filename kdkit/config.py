@@ -30,11 +30,6 @@ def may_change(default: Any) -> Any:
     return field(default=default, metadata={"may_change": True})
 
 
-def training_only(default: Any) -> Any:
-    """Mark a field of the training text: runs that differ in it have the same held-out text, and can be compared."""
-    return field(default=default, metadata={"training_only": True})
-
-
 @dataclass
 class ModelFields:
     """models: the teacher and the student"""
@@ -92,7 +87,7 @@ class DataFields:
     """The split to evaluate on; by default a fraction of dataset_split is held out, or eval_dataset's split is used."""
     eval_fraction: float = 0.08
     """The fraction of the samples that is held out if neither eval_dataset nor eval_split is given."""
-    max_train_tokens: int | None = training_only(None)
+    max_train_tokens: int | None = field(default=None, metadata={"training_only": True})
     """Use about this many tokens of the training text: complete samples, in a random order."""
     max_eval_tokens: int | None = 20000
     """Evaluate on about this many held-out tokens, the same ones each time; None is all of them."""
@@ -100,7 +95,7 @@ class DataFields:
     """Tokens of a row."""
     truncation_mode: Literal["split", "keep_start", "keep_end", "drop"] | None = None
     """What is done with a sample longer than max_length; None is split for texts and keep_start for conversations."""
-    packing: bool = training_only(True)
+    packing: bool = field(default=True, metadata={"training_only": True})
     """Fill rows with several samples, which cannot attend to each other; otherwise one sample per row."""
     num_proc: int | None = may_change(None)
     """Processes that tokenise the text; None is one less than the number of CPU cores, and at least 1."""
@@ -220,18 +215,15 @@ class DistillConfig(RunFields, OptimizationFields, LossFields, DataFields, Model
     @property
     def divergence_options(self) -> dict[str, float]:
         """The option that the divergence takes, if any: `beta` or `skew`."""
-        if self.divergence == "jsd":
-            return {"beta": self.beta}
-        return {"skew": self.skew} if self.divergence.startswith("skew") else {}
+        options = {"jsd": {"beta": self.beta}, "skew_kl": {"skew": self.skew}, "skew_reverse_kl": {"skew": self.skew}}
+        return options.get(self.divergence, {})
 
     @property
     def loss_formula(self) -> str:
         """The loss with its values, as printed wherever alpha is."""
         options = "".join(f", {name}={value:g}" for name, value in self.divergence_options.items())
-        return (
-            f"loss = {self.alpha:g} * CE + {1 - self.alpha:g} * {self.temperature:g}^2 * "
-            f"{self.divergence}(teacher, student; T={self.temperature:g}{options})"
-        )
+        divergence = f"{self.divergence}(teacher, student; T={self.temperature:g}{options})"
+        return f"loss = {self.alpha:g} * CE + {1 - self.alpha:g} * {self.temperature:g}^2 * {divergence}"
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, with the defaults that depend on other fields filled in: the content of config.yaml."""

@@ -28,13 +28,9 @@ def metric_sums(
 ) -> Tensor:  # fmt: skip
     """Sum the metrics over the tokens in the loss, so that the sums of batches and ranks can be added.
 
-    Args:
-        student_hidden, student_head, teacher_hidden, teacher_head, labels: as in `kdkit.losses.dense_kd_loss`.
-        vocab_size: the rows of both heads to use; None uses those of the narrower head.
-
-    Returns:
-        (7,) float64: the student's CE, the teacher's CE, T^2 * divergence, KL(p || q), the number of tokens for which
-        both models find the same next token most likely, sum_v min(p_v, q_v), and the number of tokens.
+    The arguments are those of `kdkit.losses.dense_kd_loss`. Returns (7,) float64: the student's CE, the teacher's CE,
+    T^2 * divergence, KL(p || q), the tokens for which both models find the same next token most likely, sum_v min(p_v,
+    q_v), and the number of tokens.
     """
     vocab_size = min(len(student_head), len(teacher_head), vocab_size or len(student_head))
     valid = labels != IGNORE_INDEX
@@ -46,14 +42,12 @@ def metric_sums(
             chunk = slice(start, start + CHUNK_TOKENS)
             student_logits = student_hidden[chunk].float() @ student_head.T  # (C, V)
             teacher_logits = teacher_hidden[chunk].float() @ teacher_head.T  # (C, V)
-            divergence = DIVERGENCES[config.divergence](
-                student_logits, teacher_logits, config.temperature, **config.divergence_options
-            )
+            logits, options = (student_logits, teacher_logits), config.divergence_options
             per_token = (
                 F.cross_entropy(student_logits, labels[chunk], reduction="none"),
                 F.cross_entropy(teacher_logits, labels[chunk], reduction="none"),
-                config.temperature**2 * divergence,
-                forward_kl(student_logits, teacher_logits),
+                config.temperature**2 * DIVERGENCES[config.divergence](*logits, config.temperature, **options),
+                forward_kl(*logits),
                 student_logits.argmax(-1) == teacher_logits.argmax(-1),
                 torch.minimum(teacher_logits.softmax(-1), student_logits.softmax(-1)).sum(-1),
                 torch.ones_like(labels[chunk]),

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdkit.losses import DIVERGENCES, IGNORE_INDEX, KDLoss, TopK, as_num_items, check_loss_arguments, loss_sums
+from kdkit.losses import DIVERGENCES, IGNORE_INDEX, KDLoss, TopK, check_loss_arguments, loss_sums
 
 CHUNK_TOKENS = {"cpu": 144, "gpu": 1024}  # C, at least: every chunk reads both heads and fills two (C, V) buffers
 CHUNK_ELEMENTS = 2**22  # C * V, at least: with a small vocabulary, C is larger
@@ -96,7 +96,8 @@ def fused_kd_loss(
         alpha=alpha, temperature=temperature, divergence=DIVERGENCES[divergence], options=divergence_options,
     )  # fmt: skip
     labels = labels.flatten()[valid]  # (N,)
-    num_items = as_num_items(num_items_in_batch, labels)
+    num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
+    num_items = torch.as_tensor(num_items, device=labels.device)
     inputs = (student_hidden, student_head)
     if not torch.is_grad_enabled():
         inputs = (student_hidden.detach(), student_head.detach())  # no gradient is then computed for them

@@ -214,7 +214,8 @@ def kd_loss(
         teacher_logits = teacher_logits[valid][:, :vocab_size]  # (N, V)
     function, targets = DIVERGENCES[divergence], None if alpha == 1 else teacher_logits
     ce_sum, kl_sum = loss_sums(student_logits, targets, labels, alpha, temperature, function, **divergence_options)
-    num_items = as_num_items(num_items_in_batch, labels)
+    num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
+    num_items = torch.as_tensor(num_items, device=labels.device)
     denominator = num_items.clamp(min=1)  # with no valid token the sums are 0: the loss is 0, and differentiable
     ce_loss, kl_loss = ce_sum / denominator, kl_sum / denominator
     return KDLoss(alpha * ce_loss + (1 - alpha) * kl_loss, ce_loss.detach(), kl_loss.detach(), num_items)
@@ -248,12 +249,6 @@ def loss_sums(
     kl_sum = temperature**2 * per_token.sum()  # before the CE: in this order torch.compile fuses both into one pass
     ce_logits = student_logits.detach() if alpha == 0 else student_logits
     return F.cross_entropy(ce_logits, labels, reduction="sum"), kl_sum
-
-
-def as_num_items(num_items_in_batch: int | Tensor | None, labels: Tensor) -> Tensor:
-    """Return `num_items_in_batch`, or else the number of `labels`, as a scalar tensor."""
-    num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
-    return torch.as_tensor(num_items, device=labels.device)
 
 
 def check_loss_arguments(alpha: float, temperature: float, divergence: str) -> None:

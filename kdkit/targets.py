@@ -3,8 +3,7 @@
     python -m kdkit.targets --config recipes/x.yaml --targets top_k --targets_dir targets/x     # run the teacher once
     python -m kdkit.train --config recipes/x.yaml --targets top_k --targets_dir targets/x       # train students
 
-The teacher takes about half of the time of every step. Its outputs for a token are the same in every epoch and for
-every student, so they can be computed once, in one of two forms:
+Its outputs for a token are the same in every epoch and for every student. They are stored in one of two forms:
 
 - `hidden`: its last hidden states, 2 * H bytes per token in bf16. With the head, which is stored once, they give the
   complete distribution, at any temperature and for every divergence: a run with them equals the online run.
@@ -159,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"kdkit: {error}")
     except OSError as error:
         sys.exit(
-            f"kdkit: targets cannot be written ({error}): make room, or choose another targets_dir, and run it again"
+            f"kdkit: targets cannot be written ({error}): make room, or choose another targets_dir; then repeat it"
         )
     leave_processes()
 

@@ -208,7 +208,7 @@ def test_what_was_cut_and_left_out_is_described(small, tokenizer, tmp_path, monk
     config = small(
         dataset=str(json_lines(tmp_path / "a.jsonl", *records)), eval_dataset="embedded", max_train_tokens=None
     )
-    (line,) = batches.describe_rows(load_rows(config, tokenizer)[0], config)
+    line = batches.describe_rows(load_rows(config, tokenizer)[0], config)
     assert line.startswith("3 conversations of column messages: 1 have over 64 tokens") and "keep_start" in line
     assert "2 are left out" in line  # the long one's answer was cut off
 
@@ -276,7 +276,7 @@ def test_the_first_process_makes_the_rows_and_the_others_wait(small, tokenizer, 
     assert len(load_rows(config, tokenizer)[0]) < len(found[0][0]) and len(calls) == 4
 
 
-@pytest.mark.parametrize("where, name", [(batches, "pack"), (batches, "publish"), (files, "_hide")])
+@pytest.mark.parametrize("where, name", [(batches, "pack"), (batches, "publish"), (files, "remove")])
 def test_a_kill_leaves_no_incomplete_cache_and_no_lock(small, tokenizer, tmp_path, monkeypatch, where, name):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     config = small(dataset=words(tmp_path / "a.jsonl", 1500), max_train_tokens=None, num_proc=2)

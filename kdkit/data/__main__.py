@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     except UsageError as error:
         sys.exit(f"kdkit: {error}")
     print(f"{config.dataset}: {len(train_rows):,} rows, {count_tokens(train_rows):,} tokens in the loss", end="; ")
-    print(f"{count_tokens(eval_rows):,} held-out tokens", *describe_rows(train_rows, config), sep="\n")
+    print(f"{count_tokens(eval_rows):,} held-out tokens", describe_rows(train_rows, config), sep="\n")
     for index, row in enumerate(train_rows[:3]):
         print(f"\n=== row {index} ===\n{show_row(row, tokenizer)}")
 

@@ -121,7 +121,7 @@ def load_rows(config: DistillConfig, tokenizer) -> tuple[Rows, Rows]:
         if not rows:
             remedy = f", another eval_fraction (now {source.held_out:g}), or an eval_split" if source.held_out else ""
             raise UsageError(
-                f"{source.name} has nothing {purpose} ({describe_rows(rows, config)[0]}): give more data{remedy}"
+                f"{source.name} has nothing {purpose} ({describe_rows(rows, config)}): give more data{remedy}"
             )
         found.append(rows)
     return tuple(found)
@@ -201,14 +201,14 @@ def _up_to(rows: Iterator[dict], limit: float) -> Iterator[dict]:
         tokens += len(row["input_ids"])
 
 
-def describe_rows(rows: Sequence[dict], config: DistillConfig) -> list[str]:
-    """Return lines that say what was read, and how many samples were cut or left out."""
+def describe_rows(rows: Sequence[dict], config: DistillConfig) -> str:
+    """Return a line that says what was read, and how many samples were cut or left out."""
     counts = Rows.of(rows).counts
     mode = config.truncation_mode or ("split" if "texts" in str(counts["kind"]) else "keep_start")
-    return [
+    return (
         f"{counts['samples']:,} {counts['kind']}: {counts['too_long']:,} have over {config.max_length:,} tokens "
         f"({mode}); {counts['dropped']:,} are left out, as they have no token in the loss"
-    ]
+    )
 
 
 class Steps:

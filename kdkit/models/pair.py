@@ -42,10 +42,8 @@ def check_pair(config: DistillConfig, teacher, student, tokenizer) -> Pair:
                 f"call resize_token_embeddings({entries}) on it, or use a {role} made for this tokenizer"
             )
         if model.context is not None and config.max_length > model.context:
-            raise UsageError(
-                f"max_length is {config.max_length:,}, more than the {role}'s context of {model.context:,} tokens: "
-                "lower it"
-            )
+            limit = f"expected at most {model.context:,}, the context of the {role}"
+            raise UsageError(f"max_length is {config.max_length:,}, {limit}")
         model.check_head(role)
     vocab_size = min(teacher.head_rows, student.head_rows)
     report = [f"tokenizer: {entries:,} entries, the same for both"]
