@@ -187,7 +187,13 @@ def run_kdkit(folder: Path, args: argparse.Namespace) -> dict:
     make = kdkit_train.make_optimizer
     kdkit_train.load_rows, kdkit_train.make_optimizer = rows, make_optimizer
     kdkit_train.clip_gradients = timed("clipping", kdkit_train.clip_gradients)
-    kdkit_train.make_loss = lambda *arguments, make=kdkit_train.make_loss: timed("loss", make(*arguments))
+    make_loss = kdkit_train.make_loss
+
+    def timed_loss(*arguments):
+        loss_function, line = make_loss(*arguments)
+        return timed("loss", loss_function), line
+
+    kdkit_train.make_loss = timed_loss
     BodyAndHead.__call__ = timed("models and loss", BodyAndHead.__call__)
     start = kdkit_train.start_accelerator
 

