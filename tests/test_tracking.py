@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import wandb
 from helpers import LIMIT, environment
 
-import wandb
 from kdkit.config import RunStopped
 from kdkit.running.tracking import Tracker, read_metrics, run_name
 from kdkit.train import train
