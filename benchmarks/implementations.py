@@ -1,8 +1,8 @@
-"""The losses that the benchmarks compare, behind one signature; peers that are not installed are named and left out.
+"""The losses that the benchmarks compare, with one signature. Libraries that are not installed are named and skipped.
 
 Each takes `(student_hidden, student_head, teacher_hidden, teacher_head, labels, alpha, temperature, **options)` and
-returns a scalar with its graph: alpha * CE + (1 - alpha) * T^2 * KL(teacher || student). Where a peer leaves out T^2,
-that is put back here, and said in `CONVENTIONS`: the comparison is then of the same number.
+returns a scalar with its graph: alpha * CE + (1 - alpha) * T^2 * KL(teacher || student). If a library leaves out T^2,
+the function here multiplies by it, so that all compute the same number; `CONVENTIONS` lists these cases.
 """
 
 import os
@@ -36,7 +36,7 @@ def kdkit_fused(hidden, head, teacher_hidden, teacher_head, labels, alpha, tempe
 
 
 def kdkit_fused_at(commit: str) -> Callable:
-    """The fused loss of an earlier commit of this repository, from its `losses.py` and `fused.py`."""
+    """Return the fused loss of an earlier commit of this repository, from its `losses.py` and `fused.py`."""
     root = Path(__file__).resolve().parent.parent
     package = f"kdkit_{commit}"
     sys.modules[package] = types.ModuleType(package)
@@ -54,7 +54,7 @@ def kdkit_fused_at(commit: str) -> Callable:
 
 
 def naive(hidden, head, teacher_hidden, teacher_head, labels, alpha, temperature):
-    """What is written first: logits of every token in fp32, masked at the end."""
+    """The straightforward loss: logits of all tokens in fp32, masked at the end."""
     z, t = (hidden @ head.T).float(), (teacher_hidden @ teacher_head.T).float()  # (N, V)
     valid = labels != -100
     log_q, log_p = F.log_softmax(z / temperature, -1), F.log_softmax(t / temperature, -1)
@@ -70,7 +70,7 @@ def _liger(compiled: bool) -> Callable:
         loss = LigerFusedLinearJSDLoss(
             weight_hard_loss=alpha,
             weight_soft_loss=(1 - alpha) * temperature**2,
-            beta=0.0,  # its name for KL(teacher || student)
+            beta=0.0,  # in Liger, this is KL(teacher || student)
             temperature=temperature,
             compiled=compiled,
         )
@@ -114,7 +114,7 @@ def _trl_chunked() -> Callable:
 
 
 def peers() -> tuple[dict[str, Callable], list[str]]:
-    """Those that are installed, and a line for each that is not."""
+    """Return the losses of the libraries that are installed, and a line for each one that is not."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     found, missing = {}, []
     makers = {

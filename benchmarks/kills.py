@@ -1,10 +1,10 @@
-"""Kill a run many times, restart it each time, and compare the result with that of a run that is not killed.
+"""Kill a run many times, restart it each time, and compare its result with that of a run that is never killed.
 
-    python benchmarks/kills.py                          # 52 kills, 12 of them of one rank of two; 15 minutes
-    python benchmarks/kills.py --kills 10 --of_two 0    # fewer, of one process
+    python benchmarks/kills.py                          # 52 kills, 12 of them of one of two ranks; 15 minutes
+    python benchmarks/kills.py --kills 10 --of_two 0    # 10 kills of a single process
 
-Each restart is the same command. A thread sends SIGKILL to its own process, at a random time after a random call of a
-function of MOMENTS.
+Each restart is the same command. A thread sends SIGKILL to its own process, at a random time after a call of one of the
+functions in MOMENTS.
 """
 
 import argparse
@@ -39,12 +39,12 @@ RUN = {
 
 
 def live(arguments: list[str]) -> None:
-    """Run `kdkit.train`, with the kill of the environment variable KILL if it is for this rank."""
+    """Run `kdkit.train`, and kill it as the environment variable KILL says, if that names this rank."""
     order = os.environ.get("KILL", "")
     rank, moment, call, fraction = order.split("/") if order else ("none", "", 0, 0)
     mine = rank == os.environ.get("RANK", "0")
     if mine and moment == "anywhere":
-        _kill_after(float(fraction) * 12, moment, lambda: True)  # seconds; most of them are the start
+        _kill_after(float(fraction) * 12, moment, lambda: True)  # seconds; the start takes most of them
     import kdkit.train
 
     if mine and MOMENTS[moment]:
@@ -53,7 +53,7 @@ def live(arguments: list[str]) -> None:
 
 
 def _kill_in(module, name: str, moment: str, call: int, fraction: float) -> None:
-    """Kill in the given call of a function, after a fraction of the time that the previous call took."""
+    """Kill the process in the given call of a function, after a fraction of the time that the previous call took."""
     function, calls, inside, took = getattr(module, name), [], [], [0.02]
 
     def wrapped(*arguments, **options):
@@ -79,11 +79,11 @@ def _kill_after(seconds: float, moment: str, inside) -> None:
     threading.Thread(target=kill, daemon=True).start()
 
 
-# --- around it
+# --- in the process that starts and restarts it
 
 
 def command(output_dir: Path, num_ranks: int, fields: dict) -> list[str]:
-    """The command of one rank, or of two ranks with FSDP."""
+    """Return the command that runs one rank, or two ranks with FSDP."""
     config = str(ROOT / "accelerate_configs" / "fsdp_cpu.yaml")
     launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--mixed_precision", "no"]
     program = [__file__, "--live", *(f"--{k}={v}" for k, v in {**RUN, **fields, "output_dir": output_dir}.items())]
@@ -91,9 +91,9 @@ def command(output_dir: Path, num_ranks: int, fields: dict) -> list[str]:
 
 
 def start(output_dir: Path, num_ranks: int, fields: dict, kill: str = "") -> tuple[bool, str]:
-    """Start a run once: whether it finished, and what it printed."""
+    """Start a run once. Return whether it finished, and what it printed."""
     environment = {**os.environ, "KILL": kill, "ACCELERATE_MIXED_PRECISION": "no", "PYTHONUNBUFFERED": "1"}
-    environment["PYTHONPATH"] = str(ROOT)  # this kdkit, not an installed one
+    environment["PYTHONPATH"] = str(ROOT)  # import kdkit from this clone, not an installed one
     life = subprocess.run(
         command(output_dir, num_ranks, fields), env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, timeout=600,
@@ -103,12 +103,12 @@ def start(output_dir: Path, num_ranks: int, fields: dict, kill: str = "") -> tup
 
 
 def series(folder: Path, moments: list[str], num_ranks: int, max_steps: int, seed: int = 0) -> dict:
-    """Kill a run at these moments, one after the other, then let it finish.
+    """Start a run once for each of these moments, kill it there, and then let it finish.
 
     Returns:
-        `kills` (number by moment), `restarts`, `lost` (steps of complete checkpoints that were repeated, over all
-        restarts), `once` (each step is once in metrics.jsonl, with the numbers of the run that is not killed) and
-        `equal` (the final weights, bit for bit).
+        `kills` (the number for each moment), `restarts`, `lost` (how many steps before a complete checkpoint were
+        repeated, over all restarts), `once` (whether metrics.jsonl has each step once, with the numbers of the run that
+        is never killed) and `equal` (whether the final weights are equal bit for bit).
     """
     from safetensors.torch import load_file
 
@@ -152,7 +152,7 @@ def series(folder: Path, moments: list[str], num_ranks: int, max_steps: int, see
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=40, help="of one process")
+    parser.add_argument("--kills", type=int, default=40, help="kills of a single process")
     parser.add_argument("--of_two", type=int, default=12, help="kills of one rank of two")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -161,7 +161,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for num_ranks, count in ((1, arguments.kills), (2, arguments.of_two)):
             if count:
-                exports = max(1, count // 6)  # last, when there is something to export
+                exports = max(1, count // 6)  # at the end, when there is a trained student to export
                 moments = [names[i % len(names)] for i in range(count - exports)]
                 random.Random(arguments.seed).shuffle(moments)
                 moments += ["while exporting"] * exports
@@ -172,7 +172,7 @@ def main() -> None:
     print(
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores: kills {kills.total()}, "
         f"restarts {sum(result['restarts'] for result in results)}, "
-        f"steps lost beyond the last checkpoint {sum(result['lost'] for result in results)}, "
+        f"steps repeated before the last checkpoint {sum(result['lost'] for result in results)}, "
         f"metrics.jsonl each step once {yes[all(result['once'] for result in results)]}, "
         f"final weights equal {yes[all(result['equal'] for result in results)]}"
     )

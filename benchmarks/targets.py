@@ -1,9 +1,9 @@
-"""Stored targets compared with the online teacher: the error of top-k, what students learn, and the time saved.
+"""Compare stored targets with the online teacher: the error of top-k, the trained students, and the time saved.
 
-python benchmarks/targets.py error                           # the loss and its gradient over buckets, embedded pair
-python benchmarks/targets.py error --model FOLDER --student_layers 25     # a real teacher, and a student of its layers
-python benchmarks/targets.py students --seeds 3              # what a student of recipes/demo.yaml learns: ten minutes
-python benchmarks/targets.py cost                            # time and memory of three epochs, pair of SmolLM2's sizes
+python benchmarks/targets.py error                           # error of the loss and its gradient, embedded pair
+python benchmarks/targets.py error --model FOLDER --student_layers 25     # a real teacher, and a student cut from it
+python benchmarks/targets.py students --seeds 3              # metrics of students of recipes/demo.yaml: ten minutes
+python benchmarks/targets.py cost                            # time and memory of three epochs, sizes of SmolLM2
 """
 
 import argparse
@@ -54,7 +54,7 @@ def quiet_train(config: DistillConfig) -> list[dict]:
 
 
 def make_pair(args: argparse.Namespace, folder: str):
-    """Return a teacher and a student: cut from the layers of a real teacher, or the embedded one after some steps."""
+    """Return a teacher and a student: cut from the layers of a real teacher, or the embedded student after training."""
     fields = dict(max_length=256, max_eval_tokens=args.tokens, use_wandb=False, output_dir=f"{folder}/run")
     if args.model:
         config = DistillConfig(teacher_model=args.model, student_layers=args.student_layers, **fields)
@@ -67,7 +67,7 @@ def make_pair(args: argparse.Namespace, folder: str):
 
 def error(args: argparse.Namespace) -> None:
     """Print, over held-out tokens, the KL over K + 1 buckets as a fraction of the full KL, and the relative error of
-    the gradient; also of the gradient without a tail bucket, with the K probabilities scaled up to 1."""
+    the gradient, with a tail bucket and without (with the K probabilities scaled to sum to 1)."""
     with tempfile.TemporaryDirectory() as folder:
         config, teacher, student = make_pair(args, folder)
         tokenizer = load_tokenizer(config)
@@ -90,7 +90,7 @@ def error(args: argparse.Namespace) -> None:
                 log_q = in_buckets(z.log_softmax(-1), ids)
                 kl[k] += (log_p.exp() * (log_p - log_q)).sum().item()
                 mass[k] += log_p[:, :-1].exp().sum().item()
-                # the gradient of the tail bucket is spread over its tokens in proportion to q
+                # the gradient of the tail bucket is distributed over its tokens in proportion to q
                 ratio = (log_p[:, -1:] - log_q[:, -1:]).exp()
                 estimate = q * (1 - ratio)
                 estimate.scatter_(-1, ids, q.gather(-1, ids) - log_p[:, :-1].exp())
@@ -101,7 +101,7 @@ def error(args: argparse.Namespace) -> None:
           f"{kl[0] / num_tokens:.3f} nats per token; {versions()}\n")  # fmt: skip
     full = squares["tail"][0]
     table(
-        ["K", "the teacher's mass in the K", "KL over buckets / full KL", "gradient off by", "without a tail, off by"],
+        ["K", "teacher's mass in the K", "KL over buckets / full KL", "gradient error", "gradient error, no tail"],
         [
             [f"{k}", f"{mass[k] / num_tokens:.2%}", f"{kl[k] / kl[0]:.3f}", f"{(squares['tail'][k] / full) ** 0.5:.2%}",
              f"{(squares['no tail'][k] / full) ** 0.5:.2%}"]
@@ -214,21 +214,21 @@ def cost(args: argparse.Namespace) -> None:
             rows.append([targets, f"{statistics.median(stored):.0f} + {statistics.median(trained):.0f}",
                          f"{statistics.median(both):.2f} ({min(both):.2f}-{max(both):.2f})",
                          f"{statistics.median(later):.2f}", f"{size:,}", f"{peak:,.0f}"])  # fmt: skip
-        table(["targets", "seconds, storing + training", "online takes, storing included", "and for the next student",
-               "bytes a token", "peak memory of training, MiB"], rows)  # fmt: skip
+        table(["targets", "seconds, storing + training", "online / this, with storing", "online / this, next student",
+               "bytes per token", "peak memory of training, MiB"], rows)  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["error", "students", "cost"])
-    parser.add_argument("--model", help="error: the folder of a teacher; by default the embedded one")
-    parser.add_argument("--student_layers", type=int, default=25, help="error: how many of its layers the student has")
-    parser.add_argument("--steps", type=int, default=500, help="error, students: steps that a student is trained")
+    parser.add_argument("--model", help="error: the folder of a teacher; default: the embedded one")
+    parser.add_argument("--student_layers", type=int, default=25, help="error: number of layers of the student")
+    parser.add_argument("--steps", type=int, default=500, help="error, students: training steps")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=8192, help="error: held-out tokens; cost: tokens of an epoch")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--layers", type=int, nargs="+", default=[30, 10], help="cost: of the students")
+    parser.add_argument("--layers", type=int, nargs="+", default=[30, 10], help="cost: layers of the students")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -1,10 +1,10 @@
-"""Measure how fast conversations become rows: a plain `datasets.map` of the chat template, and kdkit.
+"""Measure the speed of tokenising conversations: `datasets.map` with the chat template, and kdkit.
 
     python benchmarks/tokenization.py --model models/smollm2-135m-instruct [--conversations 20000] [--num_proc 1 2]
 
-The conversations have one to three turns of words of the embedded text, and are the same in each run. A tokenizer uses
-one thread in each process. Packing and writing the cache are in the time of kdkit; the plain map gives token ids alone,
-without the labels.
+The conversations have one to three turns with words of the embedded text, and are the same in each run. A tokenizer
+uses one thread in each process. The time of kdkit includes labels, packing and writing the cache; `datasets.map` gives
+only token ids.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from kdkit.data.sources import EMBEDDED
 
 
 def write_conversations(path: Path, count: int) -> None:
-    """Write a JSON Lines file of conversations, of some 370 tokens each on average."""
+    """Write a JSON Lines file of conversations with about 370 tokens each on average."""
     texts = datasets.Dataset.from_parquet(str(EMBEDDED / "train.parquet"))["text"]
     words = [word for text in texts for word in text.split()]
     generator = random.Random(0)
@@ -44,7 +44,7 @@ def write_conversations(path: Path, count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/smollm2-135m-instruct", help="whose tokenizer to use")
+    parser.add_argument("--model", default="models/smollm2-135m-instruct", help="the model whose tokenizer is used")
     parser.add_argument("--conversations", type=int, default=20000)
     parser.add_argument("--num_proc", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
-    """Print the speed of each way to make rows."""
+    """Print the speed of `datasets.map` and of kdkit."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     file = folder / "conversations.jsonl"
     write_conversations(file, arguments.conversations)
@@ -78,7 +78,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     report("datasets.map", start, sum(map(len, mapped["input_ids"])))
 
     for num_proc in arguments.num_proc:
-        # max_train_tokens is never reached; other values give other files in the cache
+        # this max_train_tokens is never reached; it differs, so that no run reads the cache of another
         config = DistillConfig(
             dataset=str(file), eval_dataset="embedded", max_eval_tokens=1, max_length=8192, num_proc=num_proc,
             max_train_tokens=10**12 + num_proc,

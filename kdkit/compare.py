@@ -1,4 +1,4 @@
-"""Compare finished runs of one teacher: a table, what each model writes, and a figure (`python -m kdkit.evaluate`)."""
+"""Compare finished runs of one teacher: a table, a sample of each model, and a figure (`python -m kdkit.evaluate`)."""
 
 import argparse
 import dataclasses
@@ -20,7 +20,7 @@ COLUMNS = {  # heading -> key, format
     "top-1 agreement": ("eval/top1_agreement", "{:.1%}"),
     "acceptance": ("eval/acceptance_rate", "{:.1%}"),
 }
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: for any colour vision
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: colour-blind safe
 
 
 def compare(run_dirs: list[str], prompt: str | None = None) -> str:
@@ -58,7 +58,7 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
 
 
 def _read_configs(run_dirs: list[str]) -> dict[str, DistillConfig]:
-    """Read the configurations of finished runs of one teacher and one held-out text."""
+    """Read the configurations of finished runs, and check that they have the same teacher and held-out text."""
     configs = {}
     for run in run_dirs:
         for name in ("config.yaml", "final/config.json"):
@@ -87,7 +87,7 @@ def plot_curves(run_dirs: list[str], path: str | Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.set(xlabel="optimizer step", ylabel="nats per token", title=title)
-    # of the last run drawn: the teacher is the same for all
+    # the value of the last run that was drawn: the teacher is the same in all runs
     axes[0].axhline(events[-1]["eval/teacher_ce_loss"], color="#444444", linewidth=1, label="teacher")
     axes[0].legend(frameon=False)
     axes[1].set_ylim(bottom=0)

@@ -82,7 +82,7 @@ class DataFields:
     chat_template: str | None = None
     """A Jinja file with the chat template to use, if the tokenizer has none or another one is wanted."""
     eval_dataset: str | None = None
-    """What to evaluate on, written as dataset is; by default it is dataset."""
+    """The dataset to evaluate on, in the notation of dataset; by default the same one."""
     eval_split: str | None = None
     """The split to evaluate on; by default a fraction of dataset_split is held out, or eval_dataset's split is used."""
     eval_fraction: float = 0.08
@@ -92,7 +92,7 @@ class DataFields:
     max_eval_tokens: int | None = 20000
     """Evaluate on about this many held-out tokens, the same ones each time; None is all of them."""
     max_length: int = 256
-    """Tokens of a row."""
+    """The largest number of tokens of a row."""
     truncation_mode: Literal["split", "keep_start", "keep_end", "drop"] | None = None
     """What is done with a sample longer than max_length; None is split for texts and keep_start for conversations."""
     packing: bool = field(default=True, metadata={"training_only": True})
@@ -118,7 +118,7 @@ class LossFields:
     skew: float = 0.1
     """The skew of skew_kl and skew_reverse_kl, in [0, 1)."""
     fused_loss: bool = may_change(True)
-    """Compute the loss in chunks, without ever holding all logits; false is the plain reference, which holds them."""
+    """Compute the loss in chunks, so that not all logits are in memory at once; false is the plain reference."""
     compile_loss: bool | None = may_change(None)
     """Compile the fused loss with torch.compile. None decides by the size of the run, and prints what it chose."""
 
@@ -134,7 +134,7 @@ class OptimizationFields:
     num_epochs: float = 3.0
     """Passes over the training text; max_steps, if given, decides instead."""
     max_steps: int | None = None
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the complete run."""
     learning_rate: float | None = None
     """The peak of AdamW's learning rate. None is 2e-3 for a student from random weights, 2e-5 for a pretrained one."""
     weight_decay: float = 0.1
@@ -144,7 +144,7 @@ class OptimizationFields:
     max_grad_norm: float = 1.0
     """A gradient with a larger norm is scaled down to this norm."""
     seed: int = 0
-    """Decides the student's random start, the order of the rows and dropout."""
+    """The seed of the student's random weights, of the order of the rows and of dropout."""
 
 
 @dataclass
@@ -200,7 +200,7 @@ class DistillConfig(RunFields, OptimizationFields, LossFields, DataFields, Model
             check(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1, or null")
         if self.streaming:
             for name in ("max_train_tokens", "max_eval_tokens"):
-                check(getattr(self, name) is not None, name, "a number with streaming, which reads until it has them")
+                check(getattr(self, name) is not None, name, "a number with streaming: it limits what is read")
 
     @property
     def student_is_pretrained(self) -> bool:
@@ -209,7 +209,7 @@ class DistillConfig(RunFields, OptimizationFields, LossFields, DataFields, Model
 
     @property
     def peak_learning_rate(self) -> float:
-        """learning_rate, or the default for how the student starts."""
+        """learning_rate, or a default that depends on whether the student is pretrained."""
         return self.learning_rate or (2e-5 if self.student_is_pretrained else 2e-3)
 
     @property
@@ -220,7 +220,7 @@ class DistillConfig(RunFields, OptimizationFields, LossFields, DataFields, Model
 
     @property
     def loss_formula(self) -> str:
-        """The loss with its values, as printed wherever alpha is."""
+        """The formula of the loss with the values of this configuration."""
         options = "".join(f", {name}={value:g}" for name, value in self.divergence_options.items())
         divergence = f"{self.divergence}(teacher, student; T={self.temperature:g}{options})"
         return f"loss = {self.alpha:g} * CE + {1 - self.alpha:g} * {self.temperature:g}^2 * {divergence}"
@@ -289,7 +289,7 @@ def _read_yaml(path: str) -> list[str]:
         raise UsageError(f"{path} is not valid YAML: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds a {type(values).__name__}, expected lines of `field: value`")
-    # a removed field at its old default changed nothing, and stands in each config.yaml of the time
+    # config.yaml of an earlier version has the removed fields; their defaults change nothing
     values = {name: value for name, value in values.items() if value != REMOVED.get(name, [...])[0]}
     for name in values:
         _check_name(str(name), path)

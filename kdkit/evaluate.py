@@ -29,8 +29,8 @@ def metric_sums(
     """Sum the metrics over the tokens in the loss, so that the sums of batches and ranks can be added.
 
     The arguments are those of `kdkit.losses.dense_kd_loss`. Returns (7,) float64: the student's CE, the teacher's CE,
-    T^2 * divergence, KL(p || q), the tokens for which both models find the same next token most likely, sum_v min(p_v,
-    q_v), and the number of tokens.
+    T^2 * divergence, KL(p || q), the number of tokens for which both models have the same most likely next token,
+    sum_v min(p_v, q_v), and the number of tokens.
     """
     vocab_size = min(len(student_head), len(teacher_head), vocab_size or len(student_head))
     valid = labels != IGNORE_INDEX
@@ -59,7 +59,7 @@ def metric_sums(
 def evaluation_batches(
     rows: Sequence[dict], batch_size: int, pad_token_id: int, accelerator: Accelerator | None = None
 ) -> Iterator[dict]:
-    """Yield a rank's part of the held-out rows in micro-batches: equally many on each rank, as FSDP needs."""
+    """Yield the held-out rows of one rank in micro-batches. Each rank has the same number of them, as FSDP requires."""
     rank, num_ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     indices = range(rank, len(rows), num_ranks)
     for start in range(0, math.ceil(len(rows) / num_ranks), batch_size):
@@ -78,10 +78,10 @@ def evaluate(
     The numbers do not depend on the batch size or the number of ranks. The student's mode (train or eval) is restored.
 
     Args:
-        student, teacher: transformers causal language models, or what `train` makes of them.
+        student, teacher: transformers causal language models, or a `BodyAndHead` and a teacher of `kdkit.teachers`.
         pad_token_id: any id; padding is not in the loss.
-        vocab_size: as in `metric_sums`.
-        accelerator: of a run on several ranks.
+        vocab_size: the entries of both vocabularies to use; None uses those of the narrower head.
+        accelerator: needed if there are several ranks.
 
     Returns:
         `eval/loss`, `eval/ce_loss`, `eval/kl_loss` (T^2 * divergence, as in the loss), `eval/perplexity`,
@@ -114,7 +114,7 @@ def evaluate(
 
 
 def describe_metrics(metrics: dict[str, float], step: int) -> str:
-    """Describe an evaluation after `step` steps in one line; before the first step, add a warning where it is due."""
+    """Describe an evaluation after `step` steps in one line; before the first step, warn if the teacher is worse."""
     teacher, student = metrics["eval/teacher_ce_loss"], metrics["eval/ce_loss"]
     line = (
         f"step {step:<6} held-out CE: student {student:.3f}, teacher {teacher:.3f}; KL {metrics['eval/kl_t1']:.3f}, "
@@ -123,7 +123,7 @@ def describe_metrics(metrics: dict[str, float], step: int) -> str:
     if step == 0 and teacher > student:
         line += (
             "\nwarning  the teacher is worse than the student on this data: it would teach noise. Check that it is the "
-            "right model, that its chat template is the data's, or train the teacher on such data first"
+            "right model, that its chat template fits the data, or train the teacher on such data first"
         )
     return line
 

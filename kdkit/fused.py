@@ -7,8 +7,8 @@ size. Here they exist for C tokens at a time:
 
 1. tokens with label -100 are left out first, so that they cost nothing;
 2. one matrix product per model writes the chunk's logits into a buffer that all chunks share;
-3. `loss_sums` of `kdkit.losses` and its gradient with respect to the student's logits, by autograd, take the place of
-   the logits; they are computed in blocks of R tokens, whose temporary tensors stay in the CPU's cache;
+3. autograd computes the gradient of `kdkit.losses.loss_sums` with respect to the student's logits, and it overwrites
+   them; this is done in blocks of R tokens, whose temporary tensors stay in the CPU's cache;
 4. two matrix products turn that gradient into the gradients of the hidden states and of the head.
 
 The forward pass does all the work, and the backward pass only scales. (Checkpointing would compute all logits twice.)
@@ -35,7 +35,7 @@ from kdkit.losses import DIVERGENCES, IGNORE_INDEX, KDLoss, TopK, check_loss_arg
 CHUNK_TOKENS = {"cpu": 144, "gpu": 1024}  # C, at least: every chunk reads both heads and fills two (C, V) buffers
 CHUNK_ELEMENTS = 2**22  # C * V, at least: with a small vocabulary, C is larger
 BLOCK_ELEMENTS = {"cpu": 2**18, "gpu": 2**30}  # R * V, at most: a GPU takes a chunk as one block
-COMPILE_LOGITS = {"cpu": 2**34, "gpu": 2**38}  # a run of fewer logits does not earn back the time of compiling
+COMPILE_LOGITS = {"cpu": 2**34, "gpu": 2**38}  # in a run of fewer logits, compiling takes longer than it saves
 HEAD_ROWS = 512  # rows of a head that the CPU converts to fp32 at a time
 
 
@@ -61,8 +61,8 @@ def fused_kd_loss(
     Args:
         student_hidden: (..., H), the input of the student's head.
         student_head: (V, H).
-        teacher_hidden, teacher_head: those of the teacher, with any H. At alpha = 1 they may be None, and their values
-            are not read. Or `TopK` and None: then only the student's logits are computed.
+        teacher_hidden, teacher_head: those of the teacher, whose H may differ. At alpha = 1 they may be None, and their
+            values are not read. Or `TopK` and None: then only the student's logits are computed.
         labels: (...), already shifted; tokens with label -100 are not in the loss.
         alpha, temperature, divergence, num_items_in_batch, divergence_options: as in `kdkit.losses.kd_loss`.
         vocab_size: the entries of both vocabularies to use; None uses those of the narrower head.
@@ -80,7 +80,7 @@ def fused_kd_loss(
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1 token, or None for the default")
     widths = [len(head) for head in (student_head, teacher_head) if head is not None]
     vocab_size = min(*widths, vocab_size or widths[0])
-    valid = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (N,); the only wait for the GPU
+    valid = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (N,); the only line that waits for the GPU
     student = _model("student", student_hidden, student_head, labels, vocab_size)
     teacher = None
     if alpha < 1 and isinstance(teacher_hidden, TopK):
@@ -140,7 +140,7 @@ class _ChunkedLoss(torch.autograd.Function):
         d_hidden, d_head = (x.new_zeros(x.shape) if needed else None for x, needed in inputs)
         device, vocab_size, on_cpu = valid.device, len(student.head), valid.device.type == "cpu"
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-        # A CPU converts neither fp32 master weights nor the fp32 gradient: it multiplies them as if they were bf16.
+        # On a CPU, fp32 master weights and the fp32 gradient stay fp32: the product rounds its operands to bf16.
         grad_dtype = dtype if on_cpu and student.head.dtype == dtype else student.dtype
         head = student.head.to(grad_dtype)
         block_size = max(4, BLOCK_ELEMENTS["cpu" if on_cpu else "gpu"] // vocab_size)
@@ -157,7 +157,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 targets = [_logits(teacher, tokens, buffers[1])]  # (C, V)
             elif teacher is not None:
                 targets = [x[tokens] for x in teacher]  # (C, K), (C, K + 1)
-            # The gradient overwrites the logits. In a smaller dtype, a row of it ends before that row of the logits.
+            # The gradient overwrites the logits. In a smaller dtype, its rows end before later rows of the logits.
             grad = z if grad_dtype == dtype else buffers[0].view(grad_dtype).view(-1, vocab_size)[: len(z)]  # (C, V)
             num_blocks = math.ceil(len(z) / block_size)
             pieces = [x.tensor_split(num_blocks) for x in (grad, z, labels[first : first + chunk_size], *targets)]
@@ -206,7 +206,7 @@ def compile_block(device_type: str, function: Callable = block_sums_and_gradient
     # With this option each logit is read twice and its gradient written once: 18 bytes per entry for all divergences.
     # Without it the compiler stores intermediate results of some, which is faster on a CPU, but not on a GPU.
     options = None if device_type == "cpu" else {"realize_reads_threshold": 32}
-    torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see through torch.autograd.grad
+    torch._dynamo.config.trace_autograd_ops = True  # lets the compiler trace torch.autograd.grad
     return torch.compile(function, dynamic=True, options=options)
 
 

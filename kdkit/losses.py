@@ -1,4 +1,4 @@
-"""The divergences and the loss of distillation: pure functions of logits, and the code that runs.
+"""The divergences and the loss of distillation, as pure functions of logits.
 
 Shapes: B batch, S sequence, V vocabulary, N tokens in the loss, K top-k. T is the temperature, p the teacher's
 distribution softmax(teacher_logits / T), q the student's, softmax(student_logits / T). Numbers are in nats per token.
@@ -11,7 +11,7 @@ The gradients below are with respect to the student's logits z, where q = softma
 dq_v/dz_w = q_v (1[v = w] - q_w) / T: a divergence sum_v f(p_v, q_v) has, with g_v = q_v * df/dq_v,
 d/dz_v = (g_v - q_v * sum_w g_w) / T.
 
-`kdkit.fused` applies `loss_sums` to a few tokens at a time, so that the logits of a whole batch never exist.
+`kdkit.fused` applies `loss_sums` to a few tokens at a time, so that the logits of a complete batch never exist.
 """
 
 import math
@@ -29,8 +29,8 @@ MIN_LOG_PROB = -87.0  # stands for log(0): about the logarithm of the smallest n
 class KDLoss(NamedTuple):
     """The value of a distillation loss: `loss == alpha * ce_loss + (1 - alpha) * kl_loss`.
 
-    Each is a sum over the valid tokens given, divided by `num_items`. The values of the parts of a step, each computed
-    with the `num_items_in_batch` of the whole step, therefore add up to the value of the step.
+    Each is a sum over the valid tokens given, divided by `num_items`. The values of micro-batches, each computed
+    with the `num_items_in_batch` of the complete step, therefore add up to the value of the step.
     """
 
     loss: Tensor  # (), in nats per token; the only one with a graph
@@ -130,8 +130,8 @@ def skew_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
     Range [0, -log skew]; 0 if p = q; equal to forward KL at skew = 0. Gradient, with r = (1 - skew) p q / m:
     (q * sum(r) - r) / T. Ko et al. 2024, DistiLLM (arXiv:2402.03898), equation 4 (their alpha is `skew`).
 
-    Args and Returns as in `forward_kl`; `skew` in [0, 1) is the weight of the teacher in m. At 1, where the student
-    would not be part of it, it raises a ValueError.
+    Args and Returns as in `forward_kl`; `skew` in [0, 1) is the weight of the teacher in m. At 1 it raises a
+    ValueError, since m would not contain the student.
     """
     if not 0.0 <= skew < 1.0:
         raise ValueError(f"skew is {skew}, expected 0 <= skew < 1 (0.1 is usual)")
@@ -189,7 +189,7 @@ def kd_loss(
         alpha: weight of the cross-entropy: 0 is pure divergence, 1 is pure cross-entropy.
         temperature: T > 0.
         divergence: a key of `DIVERGENCES`.
-        num_items_in_batch: the number that the sums are divided by: the valid tokens of the whole optimizer step, over
+        num_items_in_batch: the number that the sums are divided by: the valid tokens of the complete step, over
             all micro-batches and ranks. None divides by the valid tokens in `labels`.
         divergence_options: `beta` of jsd, `skew` of the skewed divergences.
 

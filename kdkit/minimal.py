@@ -2,7 +2,7 @@
 
     python -m kdkit.minimal
 
-`kdkit.train` does the same, for any model and text, on many devices, and exactly resumable.
+`kdkit.train` does the same for any model and text, on many devices, and can resume exactly.
 """
 
 import math

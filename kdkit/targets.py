@@ -3,7 +3,7 @@
     python -m kdkit.targets --config recipes/x.yaml --targets top_k --targets_dir targets/x     # run the teacher once
     python -m kdkit.train --config recipes/x.yaml --targets top_k --targets_dir targets/x       # train students
 
-Its outputs for a token are the same in every epoch and for every student. They are stored in one of two forms:
+The teacher's outputs for a token are the same in all epochs and for all students. They are stored in one of two forms:
 
 - `hidden`: its last hidden states, 2 * H bytes per token in bf16. With the head, which is stored once, they give the
   complete distribution, at any temperature and for every divergence: a run with them equals the online run.
@@ -51,7 +51,7 @@ def store(config: DistillConfig) -> Path:
         UsageError: `targets` is online, the folder has targets for another run, or the disk has too little room.
     """
     if config.targets == "online":
-        raise UsageError("targets is 'online', expected 'hidden' or 'top_k': what to store of the teacher")
+        raise UsageError("targets is 'online', expected 'hidden' or 'top_k': the outputs to store")
     accelerator = start_accelerator()
     check_models(config)
     tokenizer, folder = load_tokenizer(config), Path(config.targets_dir)
@@ -74,7 +74,7 @@ def store(config: DistillConfig) -> Path:
     accelerator.print(f"teacher  {config.teacher_model}: {teacher.placement}")
 
     def compute(chosen: list[dict], names) -> dict[str, Tensor]:
-        """Return what is stored of rows, or the head. Without a row, the teacher runs on padding."""
+        """Return the outputs `names` for the tokens of some rows. Without rows, the teacher runs on padding."""
         batch = collate(chosen or [empty_row(tokenizer.pad_token_id)], tokenizer.pad_token_id)
         batch = send_to_device(batch, accelerator.device)
         hidden, head = teacher(batch)
@@ -97,7 +97,7 @@ def store(config: DistillConfig) -> Path:
 
 
 def _layout(config: DistillConfig, teacher: OnlineTeacher, dtype: str) -> dict:
-    """Return `layout` of targets.json; for each split the width and dtype of its tensors, and the rows of a file."""
+    """Return `layout` of targets.json: for each split the width and dtype of its tensors, and the rows per file."""
     layout = {name: getattr(teacher, name) for name in ("head_rows", "num_parameters", "context")}
     hidden = {"hidden": (teacher.model.get_output_embeddings().weight.shape[1], dtype)}
     ids = "uint16" if teacher.head_rows <= 2**16 else "int32"
@@ -111,7 +111,7 @@ def _layout(config: DistillConfig, teacher: OnlineTeacher, dtype: str) -> dict:
 
 
 def _prepare_folder(folder: Path, splits: list[SplitFiles], description: dict) -> None:
-    """Check the disk space, write targets.json."""
+    """Check the disk space, and write targets.json."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".writing_*"):
         leftover.unlink()
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"kdkit: {error}")
     except OSError as error:
         sys.exit(
-            f"kdkit: targets cannot be written ({error}): make room, or choose another targets_dir; then repeat it"
+            f"kdkit: targets cannot be written ({error}): make room, or choose another targets_dir; then run it again"
         )
     leave_processes()
 

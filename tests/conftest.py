@@ -1,4 +1,4 @@
-"""What the tests share: one thread, no network, small runs of the embedded pair."""
+"""Settings and fixtures of all tests: one thread, no network, small runs with the embedded models."""
 
 import atexit
 import os
@@ -8,9 +8,9 @@ import tempfile
 from contextlib import contextmanager
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="kdkit-test-cache-")  # of this process alone
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="kdkit-test-cache-")  # not shared with other processes
 os.environ["WANDB_MODE"] = "offline"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: with more threads a test is slower
 
 import pytest
 import torch
@@ -23,8 +23,8 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """On several workers the tests of a file stay together, since they share what they made. Notebooks share nothing;
-    they take longest, and start first."""
+    """Run the tests of one file on one worker, since they share fixtures. Each notebook is a group of its own, and
+    notebooks start first, since they take longest."""
     items.sort(key=lambda item: ("05_evaluate" not in item.nodeid, item.path.stem != "test_notebooks"))
     for item in items:
         group = item.nodeid if item.path.stem == "test_notebooks" else item.path.stem
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator(monkeypatch):
-    """accelerate keeps its settings for the life of the process; each test has its own, in fp32 unless it says so."""
+    """Reset the state of accelerate, which is global to the process, and select fp32 for each test."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
@@ -43,7 +43,7 @@ def fresh_accelerator(monkeypatch):
 
 @pytest.fixture
 def small(tmp_path):
-    """Makes configurations of runs that take a second or two: `small(alpha=0.3, max_steps=4)`."""
+    """Return a function that makes configurations of short runs (1 to 2 s): `small(alpha=0.3, max_steps=4)`."""
 
     def make(**fields) -> DistillConfig:
         defaults = {
@@ -58,7 +58,7 @@ def small(tmp_path):
 
 @pytest.fixture
 def no_file_above():
-    """`with no_file_above(bytes)`: writing more than that to a file fails, as on a disk that is full."""
+    """Return a context manager that limits the size of files in bytes: larger writes fail, as on a full disk."""
 
     @contextmanager
     def limit(size: int):

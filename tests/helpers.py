@@ -1,4 +1,4 @@
-"""What several test files use: another value of any field, a student with dropout, several processes."""
+"""Functions that several test files use: other values of fields, a student with dropout, several processes."""
 
 import json
 import os
@@ -14,14 +14,14 @@ from kdkit import DistillConfig
 from kdkit.models import ASSETS
 
 TESTS = Path(__file__).parent
-LIMIT = 120  # seconds after which a run hangs
+LIMIT = 120  # seconds; a run that takes longer is considered to hang
 
 TYPES = typing.get_type_hints(DistillConfig)
 FIELDS = [field.name for field in fields(DistillConfig)]
 
 
 def another(config: DistillConfig, name: str):
-    """A value that the field may have by its type and range, and does not have."""
+    """Return a valid value of the field that differs from its current value."""
     value, kind = getattr(config, name), TYPES[name]
     if value is None:
         kind = next(x for x in typing.get_args(kind) if x is not type(None))
@@ -39,12 +39,12 @@ def another(config: DistillConfig, name: str):
 
 
 def with_another(config: DistillConfig, *names: str) -> DistillConfig:
-    """The configuration with other values of these fields."""
+    """Return a copy of the configuration with other values of these fields."""
     return replace(config, **{name: another(config, name) for name in names})
 
 
 def student_with_dropout(folder: Path, attention_dropout: float = 0.2, **changes) -> str:
-    """The folder of a config of the embedded student, with dropout."""
+    """Write the config of the embedded student with dropout to a folder, and return the folder."""
     shutil.copytree(ASSETS / "embedded_student", folder, dirs_exist_ok=True)
     settings = json.loads((folder / "config.json").read_text())
     settings |= {"attention_dropout": attention_dropout, **changes}
@@ -58,17 +58,17 @@ def json_lines(path: Path, *records: dict) -> Path:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of a program whose Python processes end with the process that started them."""
+    """Return an environment in which a Python process ends when the process that started it ends."""
     return {**os.environ, "PYTHONPATH": f"{TESTS / 'processes'}:{TESTS.parent}", **changes}
 
 
 def run_processes(program: list[str], timeout: float = LIMIT) -> subprocess.CompletedProcess:
-    """Run a launcher and its ranks to their end; none is left after a timeout, or when pytest is killed."""
+    """Run a launcher and its ranks. No process remains after a timeout, or after pytest is killed."""
     return subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses."""
+    """Return a TCP port of this machine that no process uses."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]

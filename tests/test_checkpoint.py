@@ -165,7 +165,7 @@ def test_batch_size_and_accumulation_may_change_if_the_rows_of_a_step_do_not(sma
     )
 
 
-def test_never_starts_over(small):
+def test_resume_never_starts_a_new_run_and_removes_the_old_one(small):
     train(small(max_steps=4, save_steps=1))
     assert steps_of(train(small(max_steps=2, alpha=0.5, resume="never"))) == [1, 2]
     assert [path.name for path in checkpoints(small().output_dir)] == ["step_00000002"]

@@ -18,31 +18,31 @@ def write(path, text):
     return str(path)
 
 
-def test_no_arguments_give_the_embedded_pair():
+def test_config_without_arguments_uses_the_embedded_models():
     config = load_config([])
     assert config == DistillConfig()
     assert config.teacher_model == config.student_model == config.dataset == "embedded"
 
 
 @pytest.mark.parametrize("order", [0, 1])
-def test_the_command_line_beats_the_file_wherever_it_stands(tmp_path, order):
+def test_command_line_overrides_the_file_before_and_after_it(tmp_path, order):
     file = write(tmp_path / "r.yaml", "alpha: 0.3\ntemperature: 4\n")
     parts = [["--alpha", "0.5"], ["--config", file]]
     config = load_config(parts[order] + parts[1 - order])
     assert (config.alpha, config.temperature) == (0.5, 4.0)
 
 
-def test_yaml_numbers_without_a_point_are_numbers(tmp_path):
+def test_yaml_value_1e_minus_5_is_read_as_a_float(tmp_path):
     config = load_config([f"--config={write(tmp_path / 'r.yaml', 'learning_rate: 1e-5')}"])
     assert config.learning_rate == 1e-5 and isinstance(config.learning_rate, float)
 
 
-def test_layers_are_a_list_or_a_count():
+def test_student_layers_accepts_a_list_and_a_number():
     assert load_config(["--student_layers", "[0, 3]"]).student_layers == [0, 3]
     assert load_config(["--student_layers", "2"]).student_layers == 2
 
 
-def test_null_means_none(tmp_path):
+def test_null_in_a_file_or_argument_is_read_as_none(tmp_path):
     assert load_config(["--config", write(tmp_path / "r.yaml", "eval_steps: null")]).eval_steps is None
     assert load_config(["--eval_steps", "null"]).eval_steps is None
 
@@ -66,21 +66,21 @@ def test_null_means_none(tmp_path):
         (["stray"], ["stray"]),
     ],
 )
-def test_a_mistake_is_one_line_that_names_it(argv, named):
+def test_invalid_argument_raises_an_error_of_one_line_that_names_it(argv, named):
     with pytest.raises(ValueError) as error:
         load_config(argv)
     assert all(word in str(error.value) for word in named), str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_typo_in_a_file_gets_the_nearest_name_and_the_file(tmp_path):
+def test_unknown_field_in_a_file_raises_an_error_with_the_file_and_the_nearest_name(tmp_path):
     file = write(tmp_path / "r.yaml", "temprature: 2")
     with pytest.raises(ValueError, match=r"r\.yaml.*temprature.*did you mean temperature\?"):
         load_config(["--config", file])
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_is_a_configuration(recipe):
+def test_recipe_is_a_valid_configuration_with_its_own_output_dir(recipe):
     assert read_config(recipe).output_dir == f"runs/{recipe.stem}"
 
 
@@ -92,30 +92,30 @@ def test_every_recipe_is_a_configuration(recipe):
         (["--truncation_mode", "middle"], ["truncation_mode", "keep_start"]),
     ],
 )
-def test_fields_that_do_not_go_together_are_named(argv, named):
+def test_incompatible_or_removed_fields_raise_an_error_that_names_them(argv, named):
     with pytest.raises(ValueError) as error:
         load_config(argv)
     assert all(word in str(error.value) for word in named), str(error.value)
 
 
 @pytest.mark.parametrize("text", ["- alpha", "alpha: [", "just words"])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+def test_yaml_file_that_is_not_a_mapping_is_refused(tmp_path, text):
     with pytest.raises(ValueError, match=r"r\.yaml"):
         load_config(["--config", write(tmp_path / "r.yaml", text)])
 
 
-def test_saved_and_read_back_is_the_same(tmp_path):
+def test_config_written_as_yaml_is_read_back_unchanged(tmp_path):
     config = DistillConfig(alpha=0.25, student_layers=[0, 2], max_eval_tokens=None, learning_rate=1e-5)
     write(tmp_path / "config.yaml", yaml.safe_dump(config.as_dict()))
     assert read_config(tmp_path / "config.yaml") == config
     assert list(config.as_dict()) == list(FIELDS)
 
 
-def test_the_divergences_are_those_of_the_losses():
+def test_choices_of_divergence_equal_the_keys_of_divergences():
     assert list(typing.get_args(typing.get_type_hints(DistillConfig)["divergence"])) == list(DIVERGENCES)
 
 
-def test_the_formula_shows_the_values():
+def test_loss_formula_shows_the_values_of_the_fields():
     formula = DistillConfig(alpha=0.3, temperature=2, divergence="jsd", beta=0.2).loss_formula
     assert formula == "loss = 0.3 * CE + 0.7 * 2^2 * jsd(teacher, student; T=2, beta=0.2)"
 
@@ -126,39 +126,39 @@ def test_help_explains_every_field():
     ).stdout
     words = " ".join(printed.split())
     for name in FIELDS:
-        after = words.split(f"--{name} ")[-1]  # the last mention is the one with the explanation
+        after = words.split(f"--{name} ")[-1]  # the last occurrence is followed by the explanation
         assert "(type: " in after[:600], name
         assert len(after.split("(type: ")[0].split()) >= 4, f"{name} is not explained"
 
 
-def test_importing_the_package_is_cheap():
+def test_import_of_kdkit_does_not_import_torch_or_transformers():
     code = "import sys, kdkit; print([m for m in ('torch', 'transformers', 'datasets', 'wandb') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_yaml_makes_no_objects(tmp_path):
+def test_python_object_in_a_yaml_file_is_refused_and_not_created(tmp_path):
     made = tmp_path / "made"
     file = write(tmp_path / "r.yaml", f"dataset: !!python/object/apply:os.mkdir [{str(made)!r}]")
     with pytest.raises(UsageError, match="is not valid YAML"):
         load_config(["--config", file])
     assert not made.exists()
     yaml.unsafe_load((tmp_path / "r.yaml").read_text())
-    assert made.exists()  # so the test can fail
+    assert made.exists()  # so this test can fail
 
 
-def test_the_command_prints_the_folder_of_the_accelerate_configurations():
+def test_python_m_kdkit_prints_the_folder_of_the_accelerate_configurations():
     command = [sys.executable, "-m", "kdkit", "accelerate_configs"]
     folder = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
     assert (folder / "fsdp.yaml").is_file()
 
 
-def test_a_file_with_a_removed_field_is_accepted_at_its_default_and_else_names_the_replacement(tmp_path):
+def test_removed_field_is_accepted_at_its_old_default_and_otherwise_refused(tmp_path):
     read_config(write(tmp_path / "r.yaml", "group_by_length: false\non_failed_save: stop\nteacher_revision: null"))
     with pytest.raises(UsageError, match=r"teacher_revision, which was removed: write id@revision"):
         read_config(write(tmp_path / "r.yaml", "teacher_revision: v2"))
 
 
-def test_the_learning_rate_unset_depends_on_how_the_student_starts():
+def test_default_learning_rate_depends_on_whether_the_student_is_pretrained():
     assert DistillConfig().as_dict()["learning_rate"] == 2e-3
     assert DistillConfig(student_layers=2).as_dict()["learning_rate"] == 2e-5
     assert DistillConfig(student_model="some/model").peak_learning_rate == 2e-5

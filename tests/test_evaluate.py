@@ -26,7 +26,7 @@ def setting(small):
 
 
 def by_hand(student, teacher, rows, per_token):
-    """The mean over tokens of a function of both models' logits and the labels, row by row."""
+    """Return the mean over all tokens of a function of both models' logits and the labels, computed row by row."""
     total = count = 0
     for row in rows:
         batch = collate([row], 0)
@@ -37,7 +37,7 @@ def by_hand(student, teacher, rows, per_token):
     return total / count
 
 
-def test_a_teacher_worse_than_the_student_is_warned_of(setting):
+def test_evaluation_of_a_teacher_worse_than_the_student_prints_a_warning(setting):
     config, rows, student, teacher = setting
     usual, exchanged = (
         describe_metrics(evaluate(*pair, rows, config, pad_token_id=2), step=0)
@@ -47,7 +47,7 @@ def test_a_teacher_worse_than_the_student_is_warned_of(setting):
     assert "warning  the teacher is worse" in exchanged
 
 
-def test_each_metric_is_its_definition(setting):
+def test_each_metric_equals_its_definition(setting):
     config, rows, student, teacher = setting
     config.alpha, config.temperature, config.divergence = 0.3, 2.0, "reverse_kl"
     metrics = evaluate(student, teacher, rows, config, pad_token_id=2)
@@ -65,7 +65,7 @@ def test_each_metric_is_its_definition(setting):
     assert metrics["eval/loss"] == pytest.approx(0.3 * metrics["eval/ce_loss"] + 0.7 * metrics["eval/kl_loss"])
 
 
-def test_the_numbers_do_not_depend_on_the_batch_size(setting):
+def test_metrics_do_not_depend_on_the_batch_size(setting):
     config, rows, student, teacher = setting
     results = []
     for batch_size in (1, 3, 64):
@@ -75,14 +75,14 @@ def test_the_numbers_do_not_depend_on_the_batch_size(setting):
         assert other == pytest.approx(results[0], rel=1e-5)
 
 
-def test_more_tokens_than_a_chunk_are_counted_once(setting, monkeypatch):
+def test_metrics_do_not_depend_on_the_chunk_size(setting, monkeypatch):
     config, rows, student, teacher = setting
     whole = evaluate(student, teacher, rows, config, pad_token_id=2)
     monkeypatch.setattr("kdkit.evaluate.CHUNK_TOKENS", 7)
     assert evaluate(student, teacher, rows, config, pad_token_id=2) == pytest.approx(whole, rel=1e-5)
 
 
-def test_the_teacher_agrees_with_itself(setting):
+def test_metrics_of_the_teacher_with_itself_are_kl_0_and_agreement_1(setting):
     config, rows, _, teacher = setting
     metrics = evaluate(teacher, teacher, rows, config, pad_token_id=2)
     assert metrics["eval/kl_t1"] == pytest.approx(0, abs=1e-6)
@@ -92,16 +92,14 @@ def test_the_teacher_agrees_with_itself(setting):
 
 @pytest.mark.parametrize("wrap", [lambda model: model, BodyAndHead], ids=["model", "wrapped"])
 @pytest.mark.parametrize("training", [True, False])
-def test_evaluation_of_a_student_with_dropout_is_in_eval_mode_and_leaves_the_mode_as_it_was(
-    setting, tmp_path, wrap, training
-):
+def test_evaluation_of_a_student_with_dropout_uses_eval_mode_and_restores_the_mode(setting, tmp_path, wrap, training):
     config, rows, _, teacher = setting
     student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(student_with_dropout(tmp_path / "student")))
     with torch.no_grad():
         student.train(), torch.manual_seed(0)
         batch = collate(rows[:2], 2)
         losses = [student(batch["input_ids"]).logits.sum() for _ in range(2)]
-    assert losses[0] != losses[1]  # there is dropout, so that the test can fail
+    assert losses[0] != losses[1]  # dropout is active, so this test can fail
     student, before = wrap(student.train(training)), torch.get_rng_state()
     results = [evaluate(student, wrap(teacher), rows, config, pad_token_id=2) for _ in range(2)]
     assert results[0] == results[1]
@@ -111,14 +109,14 @@ def test_evaluation_of_a_student_with_dropout_is_in_eval_mode_and_leaves_the_mod
     assert results[0] == evaluate(student.eval(), teacher, rows, config, pad_token_id=2)
 
 
-def test_rows_without_a_label_change_nothing(setting):
+def test_rows_without_a_label_do_not_change_the_metrics(setting):
     config, rows, student, teacher = setting
     silent = [{**row, "labels": [IGNORE_INDEX] * len(row["labels"])} for row in rows[:3]]
     whole = evaluate(student, teacher, rows, config, pad_token_id=2)
     assert evaluate(student, teacher, [*silent, *rows], config, pad_token_id=2) == pytest.approx(whole, rel=1e-5)
 
 
-def test_finished_runs_are_compared(small, tmp_path, capsys):
+def test_comparison_prints_the_logged_metrics_and_writes_curves(small, tmp_path, capsys):
     runs = [str(tmp_path / name) for name in ("ce", "kd")]
     for run, alpha in zip(runs, (1.0, 0.0), strict=True):
         train(small(alpha=alpha, output_dir=run, max_steps=2))
@@ -127,18 +125,18 @@ def test_finished_runs_are_compared(small, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "CE only" in printed and "distilled" in printed and "acceptance" in printed
     assert (tmp_path / "kd" / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    # the table's number is the one that the run logged at its end
+    # the numbers in the table are those that the run logged last
     last = json.loads((tmp_path / "kd" / "metrics.jsonl").read_text().splitlines()[-1])
     row = next(line for line in printed.splitlines() if "distilled" in line)
     assert f"{last['eval/ce_loss']:.3f}" in row and f"{last['eval/kl_t1']:.3f}" in row
 
 
-def test_a_folder_that_is_no_finished_run_is_named(tmp_path):
+def test_comparison_of_a_folder_without_a_run_names_the_missing_file(tmp_path):
     with pytest.raises(UsageError, match=r"no config\.yaml"):
         compare([str(tmp_path)])
 
 
-def test_runs_on_different_text_are_not_compared(small, tmp_path):
+def test_comparison_of_runs_with_different_held_out_text_is_refused(small, tmp_path):
     for name, tokens in (("a", 600), ("b", 700)):
         train(small(output_dir=str(tmp_path / name), max_steps=1, max_eval_tokens=tokens))
     with pytest.raises(UsageError, match="another max_eval_tokens"):

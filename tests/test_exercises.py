@@ -1,6 +1,6 @@
-"""The exercises of the notebooks: the check of each accepts the solution below, and rejects a typical mistake.
+"""Tests of the exercises in the notebooks: each check accepts the solution below, and rejects a typical mistake.
 
-A check runs as it is in the notebook, with the solution in place of the stub.
+The cell with the check is executed unchanged, except that the solution replaces the stub.
 """
 
 import ast
@@ -11,7 +11,7 @@ import pytest
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
-# (notebook, function) -> the solution, which the notebook shows folded, and a mistake that the check must reject
+# (notebook, function) -> the solution, as in the notebook, and an edit that makes it wrong: (text, wrong text)
 SOLUTIONS = {
     ("01_teacher_inspection", "best_temperature"): (
         """
@@ -112,7 +112,7 @@ def tail_gradient(q_v, p_tail, q_tail):
 
 @pytest.fixture
 def check(monkeypatch, capsys):
-    """check(notebook, function, solution) returns what the check prints, with the solution in place of the stub."""
+    """Return check(notebook, function, solution), which returns what the check prints with the solution in place."""
     monkeypatch.syspath_prepend(NOTEBOOKS)  # for `import plots`
 
     def run(notebook: str, function: str, solution: str | None = None) -> str:
@@ -128,7 +128,7 @@ def check(monkeypatch, capsys):
 
 
 def exercise(notebook: str, function: str) -> tuple[ast.Module, dict]:
-    """Return the cell with the stub of a function, and the names that the notebook has imported before it."""
+    """Return the cell with the stub of a function, and the names that the cells before it import."""
     names: dict = {}
     for cell in code_cells(notebook):
         tree = ast.parse("\n".join(line for line in cell.source.splitlines() if not line.startswith("%")))

@@ -1,4 +1,4 @@
-"""`fused_kd_loss` is `kd_loss`: the same numbers and gradients, without a tensor of tokens x vocabulary."""
+"""Tests that `fused_kd_loss` equals `kd_loss`, values and gradients, without a tensor of tokens x vocabulary."""
 
 import itertools
 import logging
@@ -19,7 +19,7 @@ MASKS = ("some", "none masked", "all masked", "one left")
 
 
 def problem(mask="some", student_vocab=37, teacher_vocab=41, dtype=torch.float64, seed=0, shape=(3, 5)):
-    """Hidden states and heads of a student (H = 6) and of a wider teacher (H = 8), and labels."""
+    """Return hidden states and heads of a student (H = 6) and of a teacher (H = 8), and labels."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*size):
@@ -36,7 +36,7 @@ def problem(mask="some", student_vocab=37, teacher_vocab=41, dtype=torch.float64
 
 
 def run(loss_function, hidden, weight, *rest, scale=1.0, **arguments):
-    """KDLoss, and the gradients of scale * loss for the student's hidden states and head."""
+    """Return KDLoss, and the gradients of scale * loss with respect to the student's hidden states and head."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     result = loss_function(hidden, weight, *rest, **arguments)
     (scale * result.loss).backward()
@@ -54,8 +54,8 @@ def assert_same(got, expected, atol=1e-12):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_the_dense_loss(name, temperature):
-    """Every divergence, alpha, mask and chunk size, heads padded to different widths, a loss that is scaled after."""
+def test_fused_loss_equals_the_dense_loss(name, temperature):
+    """For every divergence, alpha, mask and chunk size, with heads of different widths and a scaled loss."""
     for mask, alpha in itertools.product(MASKS, (0.0, 0.3, 1.0)):
         inputs = problem(mask)
         arguments = {"alpha": alpha, "temperature": temperature, "divergence": name}
@@ -65,7 +65,7 @@ def test_equals_the_dense_loss(name, temperature):
 
 
 @pytest.mark.parametrize(("name", "option"), [("jsd", "beta"), ("skew_kl", "skew"), ("skew_reverse_kl", "skew")])
-def test_equals_the_dense_loss_for_every_option(name, option):
+def test_fused_loss_with_beta_or_skew_equals_the_dense_loss(name, option):
     for value in (0.3, 0.9, *([0.0] if option == "skew" else [])):
         arguments = {"alpha": 0.3, "temperature": 2.0, "divergence": name, option: value}
         assert_same(run(fused_kd_loss, *problem(), **arguments), run(dense, *problem(), **arguments))
@@ -73,8 +73,8 @@ def test_equals_the_dense_loss_for_every_option(name, option):
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_equals_the_dense_loss_over_buckets(name, temperature):
-    """The same with the teacher's K likeliest tokens for the teacher: one, some, all."""
+def test_fused_loss_over_buckets_equals_the_dense_loss(name, temperature):
+    """Use top-k targets in place of the teacher, with K = 1, 7 and V."""
 
     def dense_top_k(student_hidden, student_head, teacher, _, labels, **arguments):
         return kd_loss(student_hidden @ student_head.T, teacher, labels, **arguments)
@@ -89,7 +89,7 @@ def test_equals_the_dense_loss_over_buckets(name, temperature):
             assert_same(run(fused_kd_loss, *inputs, scale=3.0, chunk_size=chunk_size, **arguments), expected)
 
 
-def test_a_misshapen_top_k_is_refused():
+def test_top_k_of_a_wrong_shape_is_refused():
     hidden, weight, teacher_hidden, teacher_weight, labels = problem()
     ids, log_probs = top_k(teacher_hidden @ teacher_weight.T, 4)
     for teacher in (TopK(ids[:, :2], log_probs[:, :2]), TopK(ids, log_probs[..., :-1])):
@@ -98,14 +98,14 @@ def test_a_misshapen_top_k_is_refused():
 
 
 @pytest.mark.parametrize("block_elements", [1, 37 * 2, 37 * 3, 10**6])
-def test_blocks_within_a_chunk_change_nothing(block_elements, monkeypatch):
+def test_fused_loss_does_not_depend_on_the_size_of_blocks(block_elements, monkeypatch):
     monkeypatch.setitem(kdkit.fused.BLOCK_ELEMENTS, "cpu", block_elements)
     arguments = {"alpha": 0.3, "temperature": 2.0, "divergence": "jsd"}
     assert_same(run(fused_kd_loss, *problem(), chunk_size=5, **arguments), run(dense, *problem(), **arguments))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradcheck(name):
+def test_fused_loss_passes_gradcheck(name):
     hidden, weight, *rest = problem(student_vocab=7, teacher_vocab=6)
     inputs = hidden.requires_grad_(), weight.requires_grad_()
     arguments = {"alpha": 0.3, "temperature": 2.0, "divergence": name, "chunk_size": 4}
@@ -113,7 +113,7 @@ def test_gradcheck(name):
 
 
 @pytest.mark.parametrize(("student_vocab", "teacher_vocab"), [(37, 41), (41, 37)])
-def test_padded_rows_get_no_gradient_and_change_nothing(student_vocab, teacher_vocab):
+def test_rows_of_a_head_beyond_the_vocabulary_get_no_gradient_and_change_nothing(student_vocab, teacher_vocab):
     h, w, th, tw, labels = problem(student_vocab=student_vocab, teacher_vocab=teacher_vocab)
     arguments = {"alpha": 0.3, "temperature": 2.0}
     expected = run(dense, h, w[:37], th, tw[:37], labels, **arguments)
@@ -127,8 +127,8 @@ def test_padded_rows_get_no_gradient_and_change_nothing(student_vocab, teacher_v
     assert got[-1][30:].abs().sum() == 0
 
 
-def test_tied_head():
-    """The head is the embedding: its gradient is the sum of both uses."""
+def test_gradient_of_a_tied_head_is_the_sum_of_both_uses():
+    """The head is also the embedding, as in many small models."""
     _, weight, *rest = problem()
     ids = torch.randint(37, (3, 5), generator=torch.Generator().manual_seed(5))
     grads = []
@@ -140,17 +140,17 @@ def test_tied_head():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_identical_models_give_zero(name):
+def test_fused_loss_of_identical_models_is_zero(name):
     hidden, weight, _, _, labels = problem()
     got = run(fused_kd_loss, hidden, weight, hidden, weight, labels, alpha=0.0, temperature=2.0, divergence=name)
     assert abs(got[2]) < 1e-14
-    assert max(got[4].abs().max(), got[5].abs().max()) < 1e-14 or name == "total_variation"  # rounding at its kink
+    assert max(got[4].abs().max(), got[5].abs().max()) < 1e-14 or name == "total_variation"  # it has a kink at p = q
     single = [x.float() if x.is_floating_point() else x for x in (hidden, weight, hidden, weight, labels)]
     assert abs(run(fused_kd_loss, *single, alpha=0.0, temperature=2.0, divergence=name)[2]) < 1e-6
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_never_negative(name):
+def test_fused_loss_of_nearly_equal_models_is_positive(name):
     for seed in range(20):
         h, w, _, _, labels = problem("one left", seed=seed)
         teacher = w + 1e-3 * problem(seed=seed + 100)[1]
@@ -158,8 +158,8 @@ def test_never_negative(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_far_apart_models_stay_finite(name):
-    """Probabilities that underflow, in fp32: logits differ by hundreds."""
+def test_fused_loss_in_fp32_stays_finite_if_probabilities_underflow(name):
+    """The logits differ by hundreds, so that many probabilities are 0 in fp32."""
     h, w, th, tw, labels = problem(dtype=torch.float32)
     got = run(fused_kd_loss, 40 * h, w, 40 * th, tw, labels, alpha=0.3, temperature=0.5, divergence=name)
     expected = run(
@@ -169,8 +169,8 @@ def test_far_apart_models_stay_finite(name):
         torch.testing.assert_close(x.double(), y.double(), rtol=1e-4, atol=1e-4)
 
 
-def test_two_tokens_by_hand():
-    """p = (3/4, 1/4), q = (1/2, 1/2), the label is token 1, T = 1: all numbers on one line each."""
+def test_fused_loss_of_two_tokens_equals_the_value_computed_by_hand():
+    """p = (3/4, 1/4), q = (1/2, 1/2), the label is token 1, and T = 1."""
     h, w = torch.ones(1, 1).double().requires_grad_(), torch.tensor([[1.0], [1.0]]).double().requires_grad_()
     th, tw = torch.ones(1, 1).double(), torch.tensor([[math.log(3)], [0.0]]).double()
     got = fused_kd_loss(h, w, th, tw, torch.tensor([1]), alpha=0.5, temperature=1.0)
@@ -183,9 +183,9 @@ def test_two_tokens_by_hand():
     assert h.grad.item() == pytest.approx(sum(d_z))
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0])  # the divergence and the cross-entropy, each by itself
+@pytest.mark.parametrize("alpha", [0.0, 1.0])  # only the divergence, only the cross-entropy
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_micro_batches_add_up_to_the_whole(size, alpha):
+def test_fused_losses_of_micro_batches_add_up_to_the_loss_of_the_batch(size, alpha):
     inputs = problem(shape=(8, 5))
     num_items = (inputs[-1] != -100).sum()
     expected = run(fused_kd_loss, *inputs, alpha=alpha, temperature=2.0, num_items_in_batch=num_items)
@@ -202,7 +202,7 @@ def test_micro_batches_add_up_to_the_whole(size, alpha):
         assert_same([sum(x.ce_loss for x in losses), sum(x.kl_loss for x in losses)], expected[1:3])
 
 
-def test_masked_tokens_are_not_read():
+def test_nan_in_masked_tokens_does_not_change_the_fused_loss():
     h, w, th, tw, labels = problem()
     masked = (labels == -100)[..., None]
     expected = run(fused_kd_loss, h, w, th, tw, labels, alpha=0.3, temperature=2.0)
@@ -210,14 +210,14 @@ def test_masked_tokens_are_not_read():
     assert_same(run(fused_kd_loss, h, w, th, tw, labels, alpha=0.3, temperature=2.0), expected, atol=0)
 
 
-def test_only_the_mark_masks():
-    """Every id may be a label, that of the padding too: with pad == eos the model has to learn it."""
+def test_every_token_id_is_learned_as_a_label_and_only_minus_100_is_masked():
+    """The id of the padding is a valid label, too: with pad == eos the model has to learn it."""
     h, w, th, tw, _ = problem()
     labels = torch.arange(15).reshape(3, 5)
     assert_same(*(run(f, h, w, th, tw, labels, alpha=0.3, temperature=2.0) for f in (fused_kd_loss, dense)))
 
 
-def test_alpha_one_does_not_read_the_teacher():
+def test_alpha_1_with_nan_teacher_gives_the_plain_cross_entropy():
     h, w, th, tw, labels = problem(teacher_vocab=37)
     expected = run(dense, h, w, th, tw, labels, alpha=1.0, temperature=2.0)
     for teacher in ((None, None), (th * math.nan, tw * math.nan)):
@@ -225,7 +225,7 @@ def test_alpha_one_does_not_read_the_teacher():
 
 
 class Allocations(TorchDispatchMode):
-    """Records the largest tensor, in elements, that any operation returned."""
+    """Records the size, in elements, of the largest tensor that any operation returned."""
 
     largest = 0
 
@@ -238,15 +238,15 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_never_exist_as_a_whole(dtype, name):
-    """64 tokens, V = 500, chunks of 8: nothing of 64 x 500, and nothing above a chunk's two bf16 gradients in fp32."""
+def test_fused_loss_never_holds_the_logits_of_all_tokens(dtype, name):
+    """With 64 tokens, V = 500 and chunks of 8, no tensor has more than 3 * 8 * 500 elements."""
     inputs = problem("none masked", 500, 500, dtype=dtype, shape=(64,))
     with Allocations() as allocations:
         run(fused_kd_loss, *inputs, alpha=0.3, temperature=2.0, divergence=name, chunk_size=8)
     assert allocations.largest <= 3 * 8 * 500
     with Allocations() as allocations:
         run(dense, *inputs, alpha=0.3, temperature=2.0, divergence=name)
-    assert allocations.largest >= 64 * 500  # the mode does see what it should
+    assert allocations.largest >= 64 * 500  # the dense loss does allocate all logits, so this test can fail
 
 
 class Products(TorchDispatchMode):
@@ -263,7 +263,7 @@ class Products(TorchDispatchMode):
     ("hidden_grad", "head_grad", "alpha", "count"),
     [(True, True, 0.5, 4), (True, False, 0.5, 3), (False, True, 0.5, 3), (False, False, 0.5, 2), (True, True, 1.0, 3)],
 )
-def test_only_what_is_needed_is_multiplied(hidden_grad, head_grad, alpha, count):
+def test_fused_loss_computes_only_the_matrix_products_that_are_needed(hidden_grad, head_grad, alpha, count):
     h, w, th, tw, labels = problem()
     h.requires_grad_(hidden_grad), w.requires_grad_(head_grad)
     with Products() as products:
@@ -276,7 +276,7 @@ def test_only_what_is_needed_is_multiplied(hidden_grad, head_grad, alpha, count)
     assert products.count == (1 if alpha == 1 else 2)
 
 
-def test_backward_can_be_repeated_and_does_not_change_the_first_result():
+def test_second_backward_pass_with_retain_graph_keeps_the_first_result():
     h, w, th, tw, labels = problem()
     h.requires_grad_(), w.requires_grad_()
     loss = fused_kd_loss(h, w, th, tw, labels, alpha=0.3, temperature=2.0).loss
@@ -292,15 +292,15 @@ def closeness(got, expected):
 
 
 def nearly_equal_pair(kl: float, dtype=torch.bfloat16):
-    """A student that is its teacher plus noise, such that their KL at T = 1 is about `kl`."""
+    """Return a student that is its teacher plus noise, with a KL of about `kl` at T = 1."""
     generator = torch.Generator().manual_seed(0)
     h, w = torch.randn(48, 64, generator=generator), 0.5 * torch.randn(2000, 64, generator=generator)
     noise = torch.randn(2000, 64, generator=generator) * (2 * kl / 64) ** 0.5
     return h.to(dtype), (w + noise).to(dtype), h.to(dtype), w.to(dtype), torch.randint(2000, (48,), generator=generator)
 
 
-def test_bf16_gradient_of_a_small_kl_is_exact():
-    """At a KL of 0.04, within 0.5% of float64. Logits rounded to bf16 miss that by an order of magnitude."""
+def test_bf16_gradient_of_a_small_kl_is_within_half_a_percent_of_float64():
+    """At a KL of 0.04. With logits rounded to bf16 the error is above 2%."""
     inputs = nearly_equal_pair(0.04)
     expected = run(dense, *(x.double() for x in inputs[:-1]), inputs[-1], alpha=0.0, temperature=1.0)
     assert 0.03 < expected[2] < 0.05
@@ -314,15 +314,15 @@ def test_bf16_gradient_of_a_small_kl_is_exact():
     assert closeness(rounded, expected[4]) > 0.02
 
 
-def test_head_gradient_of_many_chunks_in_bf16():
+def test_bf16_head_gradient_summed_over_many_chunks_is_within_one_percent_of_float64():
     inputs = nearly_equal_pair(0.4)
     expected = run(dense, *(x.double() for x in inputs[:-1]), inputs[-1], alpha=0.0, temperature=1.0)
     assert closeness(run(fused_kd_loss, *inputs, alpha=0.0, temperature=1.0, chunk_size=8)[5], expected[5]) < 0.01
 
 
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
-def test_mixed_precision_with_master_weights(hidden_dtype):
-    """Inside autocast: products in bf16, and the fp32 head's gradient in fp32."""
+def test_gradient_of_an_fp32_head_inside_autocast_is_fp32(hidden_dtype):
+    """The products run in bf16, and each gradient has the dtype of its tensor."""
     h, w, th, tw, labels = problem(student_vocab=300, teacher_vocab=300, dtype=torch.float32, shape=(32,))
     h, th = h.to(hidden_dtype), th.to(hidden_dtype)
     rounded = [x.bfloat16().double() for x in (h, w, th, tw)]
@@ -348,14 +348,14 @@ def test_mixed_precision_with_master_weights(hidden_dtype):
         ({"chunk_size": 0}, "chunk_size is 0"),
     ],
 )
-def test_mistakes_are_named(changed, message):
+def test_invalid_argument_of_the_fused_loss_raises_an_error_that_names_it(changed, message):
     names = ("student_hidden", "student_head", "teacher_hidden", "teacher_head", "labels")
     arguments = dict(zip(names, problem(), strict=True)) | {"alpha": 0.5, "temperature": 2.0} | changed
     with pytest.raises(ValueError, match=message):
         fused_kd_loss(**arguments)
 
 
-def test_unknown_options_are_refused():
+def test_option_that_the_divergence_does_not_take_is_refused():
     with pytest.raises(TypeError, match="beta"):
         fused_kd_loss(*problem(), alpha=0.5, temperature=2.0, beta=0.3)
 
@@ -370,8 +370,8 @@ SLOW = [pytest.param(x, k, marks=pytest.mark.slow) for x in DIVERGENCES for k in
 
 @needs_compiler
 @pytest.mark.parametrize(("name", "k"), [("forward_kl", None), *SLOW[1:]])
-def test_compiled_loss_equals_the_eager_one(name, k):
-    """With one compilation for blocks of all sizes, for the teacher's logits and for its K most likely tokens."""
+def test_compiled_loss_equals_the_eager_loss(name, k):
+    """One compilation serves blocks of all sizes. The teacher gives logits, or its K most likely tokens."""
     torch._dynamo.reset()
     for shape in ((64,), (49,)):
         h, w, th, tw, labels = problem(shape=shape)
@@ -387,11 +387,11 @@ def test_compiled_loss_equals_the_eager_one(name, k):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_compiled_loss_on_a_gpu_moves_at_most_20_bytes_per_entry(name):
-    """By the compiler's own count: both logits are read twice, and the gradient is written once in bf16."""
+    """The compiler counts the bytes: the logits of both models are read twice, the gradient is written once in bf16."""
     from torch._inductor import compile_fx, metrics
 
     z, t, labels = torch.randn(64, 32000), torch.randn(64, 32000), torch.randint(32000, (64,))
-    compile_fx.inductor_metrics_log.setLevel(logging.INFO)  # the compiler counts for its log only
+    compile_fx.inductor_metrics_log.setLevel(logging.INFO)  # the compiler counts only if it logs
     with torch._inductor.config.patch(force_disable_caches=True):
         for temperature in (1.0, 2.0):
             torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""The divergences and the hybrid loss: properties, hand-computed cases, gradients, and the bugs that others shipped."""
+"""Tests of the divergences and of the loss: properties, cases computed by hand, gradients, bugs of other libraries."""
 
 import itertools
 import math
@@ -42,12 +42,12 @@ def mixed_kl(a: torch.Tensor, b: torch.Tensor, weight: float) -> float:
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("name", NAMES)
-def test_identical_models_give_zero_and_no_gradient(name, temperature):
+def test_divergence_of_identical_models_is_zero_and_has_no_gradient(name, temperature):
     logits = randn(5, 7, scale=3).requires_grad_()
-    value = DIVERGENCES[name](logits, logits.detach() + 3.0, temperature)  # the softmax does not see the shift
+    value = DIVERGENCES[name](logits, logits.detach() + 3.0, temperature)  # the softmax ignores a constant
     value.sum().backward()
     assert value.abs().max() < 1e-14
-    # The total variation has a kink there: rounding decides the sign of q - p, and with it a gradient up to 1/(2T).
+    # The total variation has a kink at p = q: rounding decides the sign of q - p, and with it the gradient.
     assert name == "total_variation" or logits.grad.abs().max() < 1e-14
 
 
@@ -63,7 +63,7 @@ def test_identical_models_give_zero_and_no_gradient(name, temperature):
         ("total_variation", 1.0),
     ],
 )
-def test_positive_and_within_its_range(name, largest, temperature):
+def test_divergence_of_different_models_is_positive_and_within_its_range(name, largest, temperature):
     for scale in (0.01, 1.0, 30.0):
         value = DIVERGENCES[name](randn(64, 11, seed=1, scale=scale), randn(64, 11, seed=2, scale=scale), temperature)
         assert value.shape == (64,)
@@ -84,12 +84,12 @@ def test_positive_and_within_its_range(name, largest, temperature):
         ("skew_reverse_kl", {"skew": 0.3}, mixed_kl(Q, P, 0.3)),
     ],
 )
-def test_three_tokens_by_hand(name, options, expected):
+def test_divergence_of_three_tokens_equals_the_value_computed_by_hand(name, options, expected):
     assert DIVERGENCES[name](Q.log(), P.log(), **options).item() == pytest.approx(expected, abs=1e-14)
 
 
-def test_the_direction_is_teacher_then_student():
-    """Two tokens: p = (3/4, 1/4), q = (1/2, 1/2). The two directions differ, and swapped arguments would show."""
+def test_forward_kl_is_kl_of_teacher_and_student_and_reverse_kl_is_the_opposite():
+    """With two tokens, p = (3/4, 1/4) and q = (1/2, 1/2), the two directions differ: swapped arguments would fail."""
     p, q = torch.tensor([0.75, 0.25]).double(), torch.tensor([0.5, 0.5]).double()
     assert forward_kl(q.log(), p.log()).item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-14)
     assert reverse_kl(q.log(), p.log()).item() == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2), abs=1e-14)
@@ -97,7 +97,7 @@ def test_the_direction_is_teacher_then_student():
 
 
 def analytic_gradient(name: str, z: torch.Tensor, t: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The gradients that the docstrings state, at beta = 0.5 and skew = 0.1."""
+    """Return the gradient that the docstring of the divergence states, at beta = 0.5 and skew = 0.1."""
     p, q = (t / temperature).softmax(-1), (z / temperature).softmax(-1)
 
     def total(x):
@@ -123,27 +123,27 @@ def analytic_gradient(name: str, z: torch.Tensor, t: torch.Tensor, temperature: 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_is_the_docstrings_and_passes_gradcheck(name, temperature):
+def test_gradient_equals_the_formula_in_the_docstring_and_passes_gradcheck(name, temperature):
     z, t = randn(3, 6, seed=3).requires_grad_(), randn(3, 6, seed=4)
     DIVERGENCES[name](z, t, temperature).sum().backward()
     torch.testing.assert_close(z.grad, analytic_gradient(name, z.detach(), t, temperature), rtol=0, atol=1e-14)
     assert torch.autograd.gradcheck(lambda x: DIVERGENCES[name](x, t, temperature), z)
 
 
-def test_related_divergences_meet_at_their_ends():
+def test_jsd_and_skewed_kl_equal_the_kl_in_the_limits_of_beta_and_skew():
     z, t = randn(4, 9, seed=5), randn(4, 9, seed=6)
     torch.testing.assert_close(skew_kl(z, t, skew=0.0), forward_kl(z, t))
     torch.testing.assert_close(skew_reverse_kl(z, t, skew=0.0), reverse_kl(z, t))
     torch.testing.assert_close(jsd(z, t), jsd(t, z))  # symmetric at beta = 0.5
     torch.testing.assert_close(jsd(z, t, beta=1e-7) / 1e-7, forward_kl(z, t), rtol=1e-5, atol=0)
     torch.testing.assert_close(jsd(z, t, beta=1 - 1e-7) / 1e-7, reverse_kl(z, t), rtol=1e-5, atol=0)
-    assert jsd(z, t, beta=1e-7).max() < 1e-5  # the convention: 0 at the ends, no jump to a KL
+    assert jsd(z, t, beta=1e-7).max() < 1e-5  # our convention: the JSD tends to 0 at both ends, without a jump to a KL
     overlap = torch.minimum(z.softmax(-1), t.softmax(-1)).sum(-1)
     torch.testing.assert_close(total_variation(z, t), 1 - overlap)  # one minus the acceptance rate
 
 
 def random_batch(batch: int = 8, seq: int = 6, vocab: int = 13, seed: int = 0):
-    """Student and teacher logits, and labels of ragged length."""
+    """Return student and teacher logits, and labels of rows with different lengths."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(vocab, (batch, seq), generator=generator)
     for row, length in enumerate(torch.randint(1, seq + 1, (batch,), generator=generator).tolist()):
@@ -153,8 +153,8 @@ def random_batch(batch: int = 8, seq: int = 6, vocab: int = 13, seed: int = 0):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_loss_is_the_mixture_summed_over_valid_tokens(alpha, temperature):
-    """Token by token in plain Python: catches a wrong reduction, a wrong mask, a missing T^2, a swapped alpha."""
+def test_loss_is_the_weighted_mean_of_ce_and_kl_over_valid_tokens(alpha, temperature):
+    """Compare with a sum over tokens in plain Python. A wrong reduction or mask, or a missing T^2, would fail."""
     z, t, labels = random_batch()
     ce, kl, count = 0.0, 0.0, 0
     for b, s in (labels != -100).nonzero().tolist():
@@ -169,16 +169,16 @@ def test_loss_is_the_mixture_summed_over_valid_tokens(alpha, temperature):
     assert got.loss.item() == pytest.approx(alpha * got.ce_loss.item() + (1 - alpha) * got.kl_loss.item(), abs=1e-13)
 
 
-def test_shape_of_the_batch_does_not_matter():
+def test_loss_of_flattened_logits_equals_the_loss_of_a_batch():
     z, t, labels = random_batch()
     flat = kd_loss(z.flatten(0, 1), t.flatten(0, 1), labels.flatten(), alpha=0.3, temperature=2.0)
     assert flat.loss == kd_loss(z, t, labels, alpha=0.3, temperature=2.0).loss
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0])  # the divergence and the cross-entropy, each by itself
+@pytest.mark.parametrize("alpha", [0.0, 1.0])  # only the divergence, only the cross-entropy
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_micro_batches_add_up_to_the_whole(size, alpha):
-    """The mean of micro-batch means is another number where sequences are ragged."""
+def test_losses_of_micro_batches_add_up_to_the_loss_of_the_batch(size, alpha):
+    """The mean of the micro-batch means would be wrong, since the rows have different lengths."""
     z, t, labels = random_batch()
     arguments = {"alpha": alpha, "temperature": 2.0, "num_items_in_batch": (labels != -100).sum()}
     whole, parts = z.clone().requires_grad_(), z.clone().requires_grad_()
@@ -193,8 +193,8 @@ def test_micro_batches_add_up_to_the_whole(size, alpha):
     assert abs(sum(means) / len(means) - expected.loss) > 1e-3
 
 
-def test_gradient_shrinks_like_one_over_t_squared_unless_multiplied():
-    """With T^2 the size of the gradient is of the same order at T = 8 and T = 64; without, 64 times smaller."""
+def test_gradient_at_a_high_temperature_keeps_its_size_because_of_t_squared():
+    """With the factor T^2 the gradient has about the same norm at T = 8 and T = 64; without it, 1/64 of the norm."""
     z, t, labels = random_batch()
     norms = []
     for temperature in (8.0, 64.0):
@@ -205,8 +205,8 @@ def test_gradient_shrinks_like_one_over_t_squared_unless_multiplied():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
-def test_masked_tokens_are_not_read(alpha):
-    """NaN where the label is -100: a mask that multiplies would let it through."""
+def test_nan_in_masked_tokens_changes_neither_loss_nor_gradient(alpha):
+    """NaN * 0 is NaN, so masking by multiplication would fail."""
     z, t, labels = random_batch()
     expected = kd_loss(z, t, labels, alpha=alpha, temperature=2.0).loss
     z, t = z.masked_fill((labels == -100)[..., None], math.nan), t.masked_fill((labels == -100)[..., None], math.nan)
@@ -220,8 +220,8 @@ def test_masked_tokens_are_not_read(alpha):
 
 @pytest.mark.parametrize("pad_token_id", range(3))
 def test_label_equal_to_the_pad_token_is_learned_and_padding_is_not(pad_token_id):
-    """Padding is masked by position. With pad == eos, a mask by id would never teach the model to stop."""
-    labels = ([0, 2, 1], [1, 0], [2])  # each id ends a row once
+    """Padding is masked by position. With pad == eos, a mask by id would also mask the end of each text."""
+    labels = ([0, 2, 1], [1, 0], [2])  # each of the three ids is the last label of one row
     rows = [{"input_ids": [0] * len(x), "labels": x, "position_ids": list(range(len(x)))} for x in labels]
     z, t, _ = random_batch(batch=3, seq=3, vocab=3)
     z.requires_grad_()
@@ -230,7 +230,7 @@ def test_label_equal_to_the_pad_token_is_learned_and_padding_is_not(pad_token_id
     assert torch.equal(z.grad.abs().sum(-1) > 0, expected)
 
 
-def test_no_valid_token_is_a_zero_that_keeps_its_graph():
+def test_loss_without_a_valid_token_is_zero_and_differentiable():
     z, t, labels = random_batch()
     z.requires_grad_()
     for num_items in (None, 0, 7):
@@ -240,8 +240,8 @@ def test_no_valid_token_is_a_zero_that_keeps_its_graph():
         assert z.grad.abs().max() == 0
 
 
-def test_padded_vocabularies_are_cut_to_the_narrower():
-    """Rows that belong to no token, however likely, change nothing. Padding with zeros would."""
+def test_logits_beyond_the_smaller_vocabulary_change_nothing():
+    """Entries that belong to no token are cut off. Padding the smaller vocabulary with zeros would change the loss."""
     z, t, labels = random_batch()
     expected = kd_loss(z, t, labels, alpha=0.3, temperature=2.0)
     wide = torch.cat([t, randn(*t.shape[:-1], 5, seed=9, scale=9)], -1)
@@ -253,7 +253,7 @@ def test_padded_vocabularies_are_cut_to_the_narrower():
     assert wide.grad[..., z.shape[-1] :].abs().max() == 0
 
 
-def test_alpha_one_does_not_read_the_teacher():
+def test_alpha_1_with_nan_teacher_logits_gives_the_plain_cross_entropy():
     z, t, labels = random_batch()
     expected = F.cross_entropy(z.flatten(0, 1), labels.flatten())
     for teacher in (None, t * math.nan):
@@ -263,7 +263,7 @@ def test_alpha_one_does_not_read_the_teacher():
 
 
 @pytest.mark.parametrize("loss_function", [dense_kd_loss, fused_kd_loss])
-def test_alpha_one_with_a_wider_student_has_its_cross_entropy_over_the_shared_entries(loss_function):
+def test_alpha_1_with_a_wider_student_takes_the_cross_entropy_over_the_shared_entries(loss_function):
     hidden, labels = randn(6, 4), torch.tensor([0, 3, -100, 6, 2, 1])
     student_head, teacher_head = randn(12, 4, seed=1).requires_grad_(), randn(7, 4, seed=2)
     got = loss_function(hidden, student_head, hidden, teacher_head, labels, alpha=1.0, temperature=2.0)
@@ -277,8 +277,8 @@ def test_alpha_one_with_a_wider_student_has_its_cross_entropy_over_the_shared_en
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("loss_function", [dense_kd_loss, fused_kd_loss])
-def test_float64_inside_autocast_stays_float64(loss_function, name, alpha):
-    """The same loss and gradients as without autocast, to float64's precision; from logits and from top-k targets."""
+def test_loss_of_float64_inputs_inside_autocast_is_computed_in_float64(loss_function, name, alpha):
+    """Loss and gradients equal those without autocast to 1e-12, for hidden states and for top-k targets."""
     labels = torch.tensor([0, 3, -100, 6, 2, 1])
     whole = randn(6, 5, seed=3), randn(9, 5, seed=4)
     for teacher in (whole, (top_k(whole[0] @ whole[1].T, 4, 2.0), None)):
@@ -294,7 +294,7 @@ def test_float64_inside_autocast_stays_float64(loss_function, name, alpha):
             torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_half_precision_logits_are_summed_in_fp32():
+def test_loss_of_bf16_logits_is_computed_in_fp32():
     z, t, labels = (x.bfloat16() if x.is_floating_point() else x for x in random_batch())
     got = kd_loss(z, t, labels, alpha=0.3, temperature=2.0)
     assert got.loss.dtype == torch.float32
@@ -315,19 +315,19 @@ def test_half_precision_logits_are_summed_in_fp32():
         ({"teacher_logits": None}, "teacher_logits is None"),
     ],
 )
-def test_mistakes_are_named(changed, message):
+def test_invalid_argument_raises_an_error_that_names_it(changed, message):
     z, t, labels = random_batch()
     arguments = {"student_logits": z, "teacher_logits": t, "labels": labels, "alpha": 0.5, "temperature": 2.0} | changed
     with pytest.raises(ValueError, match=message):
         kd_loss(**arguments)
 
 
-# --- the teacher's K likeliest tokens and the tail ------------------------------------------------------------
+# --- the teacher's K most likely tokens and the tail -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_over_buckets_it_is_a_rising_lower_bound(name):
-    """The more tokens have a bucket of their own, the nearer it is to the divergence, which it reaches at K = V."""
+def test_divergence_over_buckets_rises_with_k_to_the_full_divergence(name):
+    """It is a lower bound for each K, and equal to the full divergence at K = V."""
     student, teacher, labels = randn(9, 13, seed=1, scale=2), randn(9, 13, seed=2, scale=2), torch.zeros(9).long()
     arguments = {"alpha": 0.0, "temperature": 2.0, "divergence": name}
     full = kd_loss(student, teacher, labels, **arguments).kl_loss
@@ -336,7 +336,7 @@ def test_over_buckets_it_is_a_rising_lower_bound(name):
     assert over[-1] == pytest.approx(full.item(), abs=1e-12)
 
 
-def test_buckets_by_hand():
+def test_buckets_of_four_tokens_equal_those_computed_by_hand():
     probabilities = torch.tensor([0.1, 0.4, 0.2, 0.3]).double()
     ids, log_probs = top_k(probabilities.log(), 2)
     assert ids.tolist() == [1, 3]
@@ -351,15 +351,15 @@ def test_buckets_by_hand():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("k", [1, 5, 13])
-def test_the_gradient_over_buckets(name, k):
+def test_gradient_of_the_loss_over_buckets_passes_gradcheck(name, k):
     student, buckets = randn(4, 13, seed=1).requires_grad_(), top_k(randn(4, 13, seed=2), k, 2.0)
     labels = torch.tensor([3, -100, 0, 12])
     arguments = {"alpha": 0.3, "temperature": 2.0, "divergence": name}
     assert torch.autograd.gradcheck(lambda x: kd_loss(x, buckets, labels, **arguments).loss, student)
 
 
-def test_a_student_that_agrees_in_every_bucket_has_no_loss_though_its_tail_differs():
-    """What scaling the top K up to 1 gets wrong: it would drive the student's tail to 0."""
+def test_loss_over_buckets_is_zero_if_only_the_distribution_inside_the_tail_differs():
+    """Without a tail bucket, with the top K scaled to sum to 1, the loss would push the student's tail to 0."""
     teacher = torch.tensor([0.5, 0.3, 0.15, 0.05]).double().log()[None]
     student = torch.tensor([0.5, 0.3, 0.05, 0.15]).double().log()[None].requires_grad_()
     result = kd_loss(student, top_k(teacher, 2), torch.tensor([0]), alpha=0.0, temperature=1.0)

@@ -1,7 +1,7 @@
-"""A real model, distilled: SmolLM2-135M-Instruct, whose end-of-turn token is also its padding.
+"""Tests with a real model: SmolLM2-135M-Instruct, which uses its end-of-turn token as padding.
 
-Skipped where there is no folder with it: the one that KDKIT_REAL_MODEL names, or models/smollm2-135m-instruct, which
-recipes/smollm2_from_package.py makes.
+They are skipped if its folder does not exist: $KDKIT_REAL_MODEL, or by default models/smollm2-135m-instruct, which
+recipes/smollm2_from_package.py creates.
 """
 
 import json
@@ -35,7 +35,7 @@ def teacher():
 
 @pytest.fixture
 def real(small, monkeypatch):
-    """A run of a few steps with a student of half the layers, in bf16."""
+    """Return a function that makes configurations of short bf16 runs with a student of half the layers."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
 
     def make(**fields):
@@ -52,24 +52,24 @@ def evaluations(history):
     return [event for event in history if "eval/kl_t1" in event]
 
 
-def test_a_document_in_a_pack_gets_the_logits_of_it_alone_from_both_models(teacher):
+def test_logits_of_a_packed_document_equal_those_of_the_document_alone(teacher):
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     texts = ("The capital of France is Paris.", "def f(x):\n    return x", "Water boils at 100 degrees")
     made = make_rows([Document(row, text) for row, text in enumerate(texts)], tokenizer, 64)
     rows = Rows.of([row for rows, _ in made for row in rows])
-    batch = collate(pack(rows, 64), tokenizer.pad_token_id, length=48)  # with padding, which has the end's id
+    batch = collate(pack(rows, 64), tokenizer.pad_token_id, length=48)  # with padding, whose id is that of eos
     assert teacher.config._attn_implementation == "sdpa" and batch["input_ids"].shape == (1, 48)
     for model in (teacher, student_from_layers(teacher, 15).eval()):
         with torch.no_grad():
             packed = BodyAndHead(model)(batch, lambda hidden, head: hidden @ head.T)[0]
             start = 0
             for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
-                alone = model(torch.tensor([row["input_ids"]])).logits[0]  # plain transformers, without positions
+                alone = model(torch.tensor([row["input_ids"]])).logits[0]  # plain transformers, without position ids
                 torch.testing.assert_close(packed[start : start + len(alone)], alone, rtol=1e-3, atol=1e-3)
                 start += len(alone)
 
 
-def test_report_of_a_pair_names_an_end_token_that_is_also_the_padding(real, teacher):
+def test_report_of_a_pair_says_that_pad_and_eos_share_an_id(real, teacher):
     config = real()
     tokenizer = load_tokenizer(config)
     pair = check_pair(config, teacher, student_from_layers(teacher, 2), tokenizer)
@@ -77,12 +77,12 @@ def test_report_of_a_pair_names_an_end_token_that_is_also_the_padding(real, teac
     assert any("pad <|im_end|> (pad and eos share an id" in line for line in pair.report)
 
 
-def test_text_is_distilled_interrupted_resumed_exported_and_generated(real):
+def test_run_on_text_is_resumed_to_the_same_result_and_its_export_generates(real):
     config = real(save_steps=2)
     whole = evaluations(train(config))
     earlier, newest = sorted(Path(config.output_dir).glob("checkpoints/*"))
     assert (earlier.name, newest.name) == ("step_00000002", "step_00000003")
-    shutil.rmtree(newest)  # as if it had been cut after step 2
+    shutil.rmtree(newest)  # as if the run had been killed after step 2
     resumed = evaluations(train(config))
     assert resumed[-1]["eval/kl_t1"] == pytest.approx(whole[-1]["eval/kl_t1"], rel=1e-3)
     assert whole[-1]["eval/kl_t1"] < 0.9 * whole[0]["eval/kl_t1"]
@@ -93,7 +93,7 @@ def test_text_is_distilled_interrupted_resumed_exported_and_generated(real):
     assert student.config.num_hidden_layers == 15
     assert (
         student.lm_head.weight.data_ptr() == student.model.embed_tokens.weight.data_ptr()
-    )  # tied, and once in the file
+    )  # tied: stored once in the file
     assert (final / "model.safetensors").stat().st_size < 4 * 1.01 * student.num_parameters()
     tokenizer = AutoTokenizer.from_pretrained(final)
     inputs = tokenizer("The function returns", return_tensors="pt")
@@ -101,7 +101,7 @@ def test_text_is_distilled_interrupted_resumed_exported_and_generated(real):
     assert written.shape[1] > inputs["input_ids"].shape[1]
 
 
-def test_conversations_are_distilled_with_their_ends(real, tmp_path):
+def test_run_on_conversations_learns_assistant_turns_with_their_end_tokens(real, tmp_path):
     lines = [
         {"messages": [
             {"role": "user", "content": f"What is {n} plus {n}?"}, {"role": "assistant", "content": f"{2 * n}."},

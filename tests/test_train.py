@@ -31,7 +31,7 @@ def training(history):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_each_logged_line_is_the_formula(small, monkeypatch, alpha, precision):
+def test_logged_loss_equals_the_formula_of_its_logged_parts(small, monkeypatch, alpha, precision):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     for event in train(small(alpha=alpha, temperature=2.0, gradient_accumulation_steps=2, batch_size=2, eval_steps=3)):
         part = "train" if "train/step" in event else "eval"
@@ -41,8 +41,8 @@ def test_each_logged_line_is_the_formula(small, monkeypatch, alpha, precision):
 
 
 @pytest.mark.parametrize("alpha, divergence", [(0.0, "forward_kl"), (0.3, "jsd"), (1.0, "forward_kl")])
-def test_micro_batches_change_nothing(small, tmp_path, alpha, divergence):
-    """Eight ragged rows as 1 x 8, 4 x 2 and 8 x 1: the same losses, the same gradient, step after step."""
+def test_metrics_do_not_depend_on_the_size_of_micro_batches(small, tmp_path, alpha, divergence):
+    """Eight rows of different lengths, in 1, 2, 4 or 8 micro-batches, give the same losses and gradient norms."""
     runs = []
     for batch_size, accumulation in ((8, 1), (2, 4), (1, 8), (4, 2)):
         config = small(
@@ -52,13 +52,13 @@ def test_micro_batches_change_nothing(small, tmp_path, alpha, divergence):
         runs.append(training(train(config)))
     for run in runs[1:]:
         for step, (event, reference) in enumerate(zip(run, runs[0], strict=True)):
-            tolerance = 1e-6 if step == 0 else 2e-5  # Adam's division makes more of a rounding in each step
+            tolerance = 1e-6 if step == 0 else 2e-5  # Adam's division increases rounding errors in each step
             for key in ("train/ce_loss", "train/kl_loss", "train/loss", "train/grad_norm"):
                 assert event[key] == pytest.approx(reference[key], rel=tolerance), key
 
 
 @pytest.mark.parametrize("alpha, divergence", [(0.0, "forward_kl"), (0.3, "skew_reverse_kl"), (1.0, "jsd")])
-def test_the_fused_loss_trains_as_the_dense_one_does(small, tmp_path, alpha, divergence):
+def test_metrics_of_training_with_fused_and_dense_loss_are_equal(small, tmp_path, alpha, divergence):
     fields = dict(alpha=alpha, divergence=divergence, temperature=2.0, gradient_accumulation_steps=2, max_steps=3)
     fused, dense = (
         training(train(small(**fields, fused_loss=is_fused, output_dir=str(tmp_path / f"run{is_fused}"))))
@@ -69,15 +69,15 @@ def test_the_fused_loss_trains_as_the_dense_one_does(small, tmp_path, alpha, div
             assert event[key] == pytest.approx(reference[key], rel=2e-6 if step == 0 else 2e-5), key
 
 
-def test_the_rows_of_those_tests_are_ragged(small):
+def test_rows_of_the_micro_batch_tests_have_different_lengths(small):
     config = small(packing=False)
     rows, _ = load_rows(config, load_tokenizer(config))
     steps = Steps(rows, config, 2)
     assert len({len(rows[index]["labels"]) for index in steps.step_rows(0)}) > 1
 
 
-def test_alpha_1_is_plain_fine_tuning(small):
-    """Against transformers' own loss and a loop of ten lines."""
+def test_training_at_alpha_1_equals_plain_fine_tuning(small):
+    """The reference is a short loop with the loss of transformers."""
     config = small(alpha=1.0, packing=False, batch_size=8, max_steps=5)
     history = training(train(config))
 
@@ -87,7 +87,7 @@ def test_alpha_1_is_plain_fine_tuning(small):
     steps, optimizer = Steps(rows, config, 2), make_optimizer(model, config)
     for index, event in enumerate(history):
         (batch,) = steps[index]
-        # transformers shifts by itself: give it the tokens, and the labels where they stand
+        # transformers shifts the labels itself, so shift them back
         ids = torch.cat([batch["input_ids"], torch.full((len(batch["labels"]), 1), 2)], 1)
         labels = torch.cat([torch.full((len(batch["labels"]), 1), -100), batch["labels"]], 1)
         loss = model(input_ids=ids, labels=labels).loss
@@ -103,8 +103,8 @@ def test_alpha_1_is_plain_fine_tuning(small):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_alpha_1_with_a_wider_student_learns_the_shared_vocabulary_alone(small, tmp_path, fused):
-    """Rows of the student's head that belong to no token are in no softmax, whatever they hold."""
+def test_training_at_alpha_1_ignores_rows_of_the_student_head_beyond_the_vocabulary(small, tmp_path, fused):
+    """Eight more rows of the head, which belong to no token, do not change the loss."""
     folder = shutil.copytree(ASSETS / "embedded_student", tmp_path / "student")
     settings = json.loads((folder / "config.json").read_text())
     torch.manual_seed(0)
@@ -124,7 +124,7 @@ def test_alpha_1_with_a_wider_student_learns_the_shared_vocabulary_alone(small, 
         assert other["train/loss"] == pytest.approx(one["train/loss"], rel=1e-6)
 
 
-def test_alpha_1_does_not_run_the_teacher(small, monkeypatch):
+def test_training_at_alpha_1_runs_the_teacher_on_held_out_rows_only(small, monkeypatch):
     forward = OnlineTeacher.forward
 
     def held_out_only(self, batch):
@@ -135,7 +135,7 @@ def test_alpha_1_does_not_run_the_teacher(small, monkeypatch):
     train(small(alpha=1.0, max_steps=2))
 
 
-def test_training_leaves_the_teacher_as_it_was(small, monkeypatch):
+def test_training_does_not_change_the_teacher(small, monkeypatch):
     teachers = []
 
     def keep(*arguments):
@@ -149,7 +149,7 @@ def test_training_leaves_the_teacher_as_it_was(small, monkeypatch):
     assert not teachers[0].training
 
 
-def test_the_student_comes_nearer_to_the_teacher(small):
+def test_training_reduces_the_kl_to_the_teacher_and_raises_top_1_agreement(small):
     history = train(small(max_train_tokens=20000, max_steps=60, batch_size=8))
     first, last = (event for event in history if "eval/step" in event)
     assert last["eval/kl_t1"] < 0.8 * first["eval/kl_t1"]
@@ -159,7 +159,7 @@ def test_the_student_comes_nearer_to_the_teacher(small):
 
 @pytest.fixture
 def gradients_of(small):
-    """Makes a run of one step: the gradients as the optimizer gets them, and the norm that is logged."""
+    """Return a function that runs one step and returns the gradient that the optimizer gets, and the logged norm."""
 
     def run(**fields):
         seen = []
@@ -179,7 +179,7 @@ def gradients_of(small):
     return run
 
 
-def test_gradient_below_max_grad_norm_is_left_as_it_is_and_above_is_scaled_to_it(gradients_of):
+def test_gradient_is_scaled_to_max_grad_norm_if_larger_and_otherwise_unchanged(gradients_of):
     gradient, norm = gradients_of(max_grad_norm=float("inf"))
     assert gradient.norm().item() == pytest.approx(norm, rel=1e-5) and norm > 0.1  # the norm is computed in fp32
     for max_norm in (1.01 * norm, 100 * norm):
@@ -187,17 +187,17 @@ def test_gradient_below_max_grad_norm_is_left_as_it_is_and_above_is_scaled_to_it
         assert torch.equal(left, gradient) and logged == norm
     for max_norm in (0.99 * norm, 0.01 * norm):
         scaled, logged = gradients_of(max_grad_norm=max_norm)
-        assert logged == norm  # that before clipping
+        assert logged == norm  # the norm before clipping
         torch.testing.assert_close(scaled, gradient * (max_norm / norm), rtol=1e-4, atol=0)
 
 
-def test_a_student_of_the_teachers_layers_starts_near(small):
+def test_student_cut_from_the_teacher_starts_with_a_lower_loss_than_a_random_one(small):
     history = train(small(student_layers=[0, 1, 3], max_steps=1, learning_rate=1e-5))
     scratch = train(small(max_steps=1, resume="never"))
     assert history[0]["eval/ce_loss"] < scratch[0]["eval/ce_loss"]
 
 
-def test_the_rate_rises_to_its_peak_and_falls_to_nothing(small):
+def test_learning_rate_rises_to_its_peak_and_falls_to_zero(small):
     config = small(learning_rate=2e-3, warmup_ratio=0.1)
     rates = [learning_rate(step, 100, config) for step in range(100)]
     assert max(rates) == rates[9] == rates[10] == 2e-3 and rates[0] == pytest.approx(2e-4)
@@ -206,7 +206,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_nothing(small):
     assert math.isfinite(learning_rate(0, 1, small(warmup_ratio=1.0)))
 
 
-def test_decay_is_on_matrices_only():
+def test_optimizer_applies_weight_decay_to_matrices_only():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
     from kdkit import DistillConfig
 
@@ -215,8 +215,8 @@ def test_decay_is_on_matrices_only():
     assert free["weight_decay"] == 0 and all(p.ndim == 1 for p in free["params"])
 
 
-def test_weight_decay_in_a_run_shrinks_matrices_and_nothing_else(small):
-    """Two students that start from the teacher's first layer, a step with and without decay."""
+def test_weight_decay_in_a_run_shrinks_matrices_only(small):
+    """Compare one step with and without decay, from the same start: the first layer of the teacher."""
     start, ends, rate, decay = load_teacher(dtype=torch.float32).state_dict(), [], 2e-3, 0.5
     for value in (0.0, decay):
         config = small(student_layers=[0], max_steps=1, learning_rate=rate, weight_decay=value, resume="never")
@@ -231,7 +231,7 @@ def test_weight_decay_in_a_run_shrinks_matrices_and_nothing_else(small):
     assert ndims == {1, 2}
 
 
-def test_bf16_is_the_default_and_accelerate_has_the_last_word(monkeypatch):
+def test_mixed_precision_is_bf16_unless_accelerate_is_configured_otherwise(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert start_accelerator().mixed_precision == "bf16"
@@ -251,7 +251,7 @@ def test_bf16_is_the_default_and_accelerate_has_the_last_word(monkeypatch):
         (["--student_layers", "9"], "student_layers is 9"),
     ],
 )
-def test_a_mistake_ends_the_command_with_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, argv, named):
+def test_invalid_argument_ends_the_command_with_one_line_and_writes_no_file(tmp_path, monkeypatch, capsys, argv, named):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         main(argv)
@@ -260,7 +260,7 @@ def test_a_mistake_ends_the_command_with_one_line_and_leaves_nothing(tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_it_says_what_it_is_about_to_do(small, capsys):
+def test_run_prints_its_settings_before_the_first_step(small, capsys):
     train(small(alpha=0.3, temperature=2.0, gradient_accumulation_steps=3, batch_size=2, max_steps=1))
     printed = capsys.readouterr().out
     for words in ("2.43 M parameters, frozen", "0.53 M parameters, from random weights", "loss = 0.3 * CE + 0.7 * 2^2",
@@ -268,8 +268,8 @@ def test_it_says_what_it_is_about_to_do(small, capsys):
         assert words in printed, words
 
 
-def test_the_demo_touches_no_network(tmp_path):
-    """In a network namespace without any interface, and with each address that Python asks for on record."""
+def test_demo_opens_no_network_connection(tmp_path):
+    """Run it in a network namespace without interfaces, and print each address that Python asks for."""
     program = """
         import sys
         def hook(event, arguments):
@@ -281,7 +281,7 @@ def test_the_demo_touches_no_network(tmp_path):
     """
     away = ["unshare", "--map-root-user", "--net"]
     if shutil.which("unshare") is None or subprocess.run([*away, "true"], capture_output=True).returncode != 0:
-        away = []  # where that is not allowed, the record alone
+        away = []  # not allowed here: only print the addresses
     fields = ["--max_steps=2", "--max_eval_tokens=600", f"--output_dir={tmp_path / 'run'}"]
     command = [*away, sys.executable, "-c", textwrap.dedent(program), "--config=recipes/demo.yaml", *fields]
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
@@ -289,18 +289,18 @@ def test_the_demo_touches_no_network(tmp_path):
     assert "NETWORK" not in run.stdout and "the student is in" in run.stdout
 
 
-# --- the notebook is the source
+# --- the exported module
 
 
-def test_the_exported_module_is_in_step_with_its_notebook(tmp_path):
+def test_exported_module_is_in_step_with_its_notebook(tmp_path):
     nb_export(str(ROOT / "notebooks" / "03_train.ipynb"), lib_path=tmp_path / "kdkit")
-    # the banner and the marks name the notebook by its path from the module, which is another here
+    # the first line and the cell markers contain the path of the notebook, which differs here
     fresh, committed = ((root / "train.py").read_text().splitlines() for root in (tmp_path / "kdkit", ROOT / "kdkit"))
     marks = ("# %% ", "# AUTOGENERATED!")
     assert [x for x in fresh if not x.startswith(marks)] == [x for x in committed if not x.startswith(marks)]
 
 
-def test_in_a_notebook_the_exported_cells_do_not_parse_a_command_line(monkeypatch):
+def test_exported_cells_in_a_notebook_do_not_parse_the_command_line(monkeypatch):
     notebook = nbformat.read(ROOT / "notebooks" / "03_train.ipynb", as_version=4)
     (cell,) = [cell.source for cell in notebook.cells if '__name__ == "__main__"' in cell.source]
     monkeypatch.setattr("sys.argv", ["ipykernel_launcher.py", "-f", "kernel.json"])

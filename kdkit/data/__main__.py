@@ -13,7 +13,7 @@ from kdkit.models import load_tokenizer
 
 
 def show_row(row: dict, tokenizer) -> str:
-    """Return a row as text: [what is in the loss] is in brackets, and a line --- separates documents."""
+    """Return a row as text: [text in the loss] is in brackets, and a line --- separates documents."""
     starts = [index for index, position in enumerate(row["position_ids"]) if position == 0]
     documents = []
     for start, end in itertools.pairwise([*starts, len(row["labels"])]):

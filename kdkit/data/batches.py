@@ -22,7 +22,7 @@ from kdkit.running.files import publish
 from kdkit.running.hub import explain
 
 KEYS = ("input_ids", "labels", "position_ids")
-PACK_TOKENS = 2**22  # packed together: enough to fill the rows well, and little enough for memory
+PACK_TOKENS = 2**22  # tokens that are packed together: enough to fill the rows well, few enough for memory
 CACHE_VERSION = 3  # increase it when the same data and settings give other rows
 
 
@@ -35,7 +35,7 @@ class Rows(Sequence):
 
     @classmethod
     def of(cls, rows: Sequence[dict]) -> "Rows":
-        """Return rows of lists or arrays as `Rows`, which they may be already."""
+        """Convert rows of lists or arrays to `Rows`; `Rows` are returned unchanged."""
         import pyarrow as pa
 
         if isinstance(rows, cls):
@@ -78,10 +78,10 @@ def rows_digest(rows: Sequence[dict]) -> str:
 
 
 def pack(rows: Sequence[dict], max_length: int) -> Rows:
-    """Join rows into fuller ones by best fit: from the longest to the shortest, each goes where the least room is left.
+    """Join rows into fuller ones by best fit: the longest first, each into the fullest group that has room for it.
 
     Documents stay separate: positions start at 0 in each, so that transformers (eager and sdpa attention) build a
-    mask that hides the others, and no label crosses a boundary, since the shift came before.
+    mask that hides the others, and no label crosses a boundary, since labels are shifted already.
     """
     groups: list[list[dict]] = []  # of rows that are joined
     with_room: list[tuple[int, int, list[dict]]] = []  # (room left, -number of the last row, group), sorted
@@ -131,11 +131,11 @@ def cache_folder(source: Source, config: DistillConfig, tokenizer) -> Path:
     """Return the folder of a source's rows. Everything that can change a row changes its name."""
     import datasets
 
-    ignored = ("eval_", "max_eval_") if source.part == "train" else ()  # tokenised once for all ways to evaluate
+    ignored = ("eval_", "max_eval_") if source.part == "train" else ()  # these do not change the training rows
     names = [field.name for field in dataclasses.fields(DataFields) if not field.metadata.get("may_change")]
     fields = {name: getattr(config, name) for name in names if not name.startswith(ignored)}
     if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()  # each call sets these two again, so they say nothing about rows
+        tokenizer.backend_tokenizer.no_truncation()  # each call sets both again, so they do not change rows
         tokenizer.backend_tokenizer.no_padding()
         model = tokenizer.backend_tokenizer.to_str()
     else:
@@ -215,7 +215,7 @@ class Steps:
     """The optimizer steps of a run on one rank: `steps[i]` is the list of micro-batches of step i.
 
     Each epoch has its own order of the rows, which depends on the seed and the epoch only. A step is a consecutive
-    part of this order (the last one of an epoch has what is left), for any number of ranks and micro-batches. So one
+    part of this order (the last one of an epoch may be smaller), for any number of ranks and micro-batches. So one
     rank and many ranks compute the same steps, and a run resumes at step i without computing the others. All ranks
     have the same number of micro-batches, since they communicate in each: see `empty_row`.
     """
@@ -240,7 +240,7 @@ class Steps:
         return self._order[position * self.rows_per_step : (position + 1) * self.rows_per_step]
 
     def useful_share(self) -> float:
-        """Return tokens in the loss / computed positions, padding included, in the first epoch on all ranks."""
+        """Return the fraction of computed positions, with padding, that are in the loss, in the first epoch."""
         self.step_rows(0)
         lengths = np.zeros(self.steps_per_epoch * self.rows_per_step, dtype=np.int64)
         lengths[: len(self.rows)] = row_lengths(self.rows)[self._order]
@@ -268,8 +268,8 @@ def empty_row(pad_token_id: int) -> dict:
 def collate(rows: Sequence[dict], pad_token_id: int, length: int | None = None) -> dict[str, torch.Tensor]:
     """Pad rows on the right to the longest (or to `length`) and stack them: three tensors of (B, S), int64.
 
-    The padding is a document of its own (positions from 0) without labels. Only its labels mark it: its token id can
-    be the one of the end of text, which is learned.
+    The padding is a document of its own (positions from 0) without labels. Only its labels mark it: its token id may
+    be that of the end of text, which has to be learned.
     """
     length = length or max(len(row["labels"]) for row in rows)
     batch = {key: [] for key in KEYS}

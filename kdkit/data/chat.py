@@ -22,11 +22,11 @@ from kdkit.data.sources import Document
 from kdkit.losses import IGNORE_INDEX
 
 BLOCK = 200  # documents that are tokenised together
-BLOCKS_ALONE = 5  # tokenised before other processes are started, which takes longer for less
+BLOCKS_ALONE = 5  # tokenised before other processes are started: the start takes longer than so few blocks
 
 
 def tokenize(documents: Iterable[Document], num_proc: int | None, *job) -> Iterator[tuple[list[dict], bool]]:
-    """Yield what `make_rows(documents, *job)` makes of each document, in order, with `num_proc` processes."""
+    """Yield the result of `make_rows(documents, *job)` for each document, in order, with `num_proc` processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_proc, documents = num_proc or max(cores - 1, 1), iter(documents)
     blocks = iter(lambda: list(itertools.islice(documents, BLOCK)), [])
@@ -36,7 +36,7 @@ def tokenize(documents: Iterable[Document], num_proc: int | None, *job) -> Itera
     # A fork imports nothing and copies no tokenizer. It is safe, since these processes do not use torch or its threads.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     with ProcessPoolExecutor(num_proc, context, _start_process, job) as pool:  # it starts with the first block
-        while window := list(itertools.islice(blocks, 16 * num_proc)):  # map submits all that it gets
+        while window := list(itertools.islice(blocks, 16 * num_proc)):  # map reads its input at once
             for made in pool.map(_make_rows, window):
                 yield from made
 
@@ -46,7 +46,7 @@ def _start_process(*job) -> None:
     _job = job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one after Ctrl-C
 
-    def end_with_main_process() -> None:  # if that is killed: a forked process also holds the lock of the cache
+    def end_with_main_process() -> None:  # a forked process would keep the lock of the cache
         multiprocessing.parent_process().join()
         os._exit(1)
 
@@ -62,9 +62,9 @@ def make_rows(
 ) -> list[tuple[list[dict], bool]]:
     """Tokenise documents, shift their tokens by one, and cut what is longer than `max_length`.
 
-    Of a text, the tokens are those that the tokenizer gives, special ones included, and its end-of-text token; of a
-    conversation, those of the rendered chat template. Token s is the input whose label is token s + 1, so n tokens give
-    n - 1 pairs. Where a text is split, the last label of a piece is the first input of the next: no label is lost.
+    A text gives the tokens of the tokenizer, with special tokens, and an end-of-text token; a conversation gives those
+    of the rendered chat template. Token s is the input whose label is token s + 1, so n tokens give n - 1 pairs. If a
+    text is split, the last label of a piece is the first input of the next: no label is lost.
 
     Args:
         documents: all texts, or all conversations.
@@ -111,7 +111,7 @@ def tokenize_conversations(documents: list[Document], tokenizer) -> Iterator[tup
 
     Raises:
         UsageError: the template refuses a conversation, or renders a turn differently when others follow (some omit
-            the thinking).
+            its thinking then).
     """
     special = tokenizer.added_tokens_decoder
     if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
@@ -139,7 +139,7 @@ def _marked_turns(document: Document, tokenizer, special: list[int]) -> tuple[li
     marked, is_special = np.array(encoded["assistant_masks"], dtype=bool), np.isin(encoded["input_ids"], special)
     turn_numbers = np.cumsum(np.diff(marked, prepend=False) & marked)  # from 1
     skipped = sum(message["role"] == "assistant" for message in document.messages[: document.learn_from])
-    # some templates leave the token that ends the turn outside of the mark
+    # some templates do not mark the token that ends the turn
     marked[1:] |= marked[:-1] & is_special[1:] & ~is_special[:-1]
     return encoded["input_ids"], marked & (turn_numbers > skipped)
 

@@ -34,7 +34,7 @@ class Document(NamedTuple):
 
 
 class Source(NamedTuple):
-    """An open split of a dataset, and what of it is read."""
+    """An open split of a dataset, and which samples and columns of it are read."""
 
     name: str  # for messages
     part: str  # "train" or "eval": what the samples are used for
@@ -52,11 +52,11 @@ def open_source(config: DistillConfig, part: str) -> Source:
 
     Raises:
         UsageError: the data cannot be loaded or parsed, has no such split, is empty, has none of the configured
-            columns, or is to be both trained and evaluated on.
+            columns, or would be used for both training and evaluation.
     """
     import datasets
 
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a request to a server, even for a local file
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # otherwise it contacts a server, even for a local file
     field, name, split = "dataset", config.dataset, config.dataset_split
     eval_dataset = config.eval_dataset or name
     eval_split = config.eval_split or ("test" if eval_dataset == "embedded" else split)
@@ -69,7 +69,7 @@ def open_source(config: DistillConfig, part: str) -> Source:
     if part == "eval":
         field, name, split = "eval_dataset" if config.eval_dataset else "dataset", eval_dataset, eval_split
     arguments = _load_arguments(field, name)
-    if name == config.dataset:  # another eval_dataset has no such configuration
+    if name == config.dataset:  # dataset_config belongs to dataset, not to another eval_dataset
         arguments["name"] = config.dataset_config
     try:
         samples = datasets.load_dataset(**arguments, split=split, streaming=config.streaming)
@@ -125,10 +125,10 @@ def documents_of(source: Source) -> Iterator[Document]:
 
     A stream keeps its order. Other data is shuffled, always in the same way: a limit on the number of tokens then
     gives a random selection that does not depend on the seed of the run. A hash of a row's number decides whether it
-    is held out, so this does not change when rows are appended. Of a single text the end is held out.
+    is held out, so this does not change when rows are appended. If there is one text, its end is held out.
 
     Raises:
-        UsageError: a sample has something else than a text or a conversation in its columns.
+        UsageError: a sample has neither a text nor a conversation in its columns.
     """
     samples, held_out, is_eval = source.samples, source.held_out, source.part == "eval"
 
@@ -161,12 +161,12 @@ def _document(sample: dict, row: int, source: Source) -> Document:
         return Document(row, sample[column])
     messages, learn_from = [], 0
     for column, role in zip(source.columns, ("user", "assistant"), strict=False):
-        learn_from = len(messages)  # of a prompt and a completion, the completion is learned
+        learn_from = len(messages)  # with a prompt and a completion, the completion is learned
         value = sample[column]
         if isinstance(value, str) and len(source.columns) == 2:
             value = [{"role": role, "content": value}]
         for found in value if isinstance(value, list) else [value]:
-            # `datasets` gives each message all fields that any message has
+            # `datasets` adds the fields of all messages to each of them, with None as value
             message = {k: field for k, field in found.items() if field is not None} if isinstance(found, dict) else {}
             if "tool_calls" in message:
                 message.setdefault("content", "")

@@ -24,17 +24,17 @@ class BodyAndHead(nn.Module):
     """A causal language model that passes its last hidden states and its head to a function.
 
     The loss and the metrics are computed from hidden states and head, chunk by chunk, so that no tensor of the size
-    tokens x vocabulary has to exist. Both are read inside `forward`: only there do DDP and FSDP see that a parameter
-    is used, and only there are sharded parameters gathered. So always call this module, never a part of it.
+    tokens x vocabulary has to exist. Both are read inside `forward`, since DDP notices the use of a parameter,
+    and FSDP gathers sharded parameters, only there. So always call this module, never a part of it.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.head_rows = len(model.get_output_embeddings().weight)  # V, often padded to a rounder number
+        self.head_rows = len(model.get_output_embeddings().weight)  # V, often more than the tokenizer has entries
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # None: unlimited
         self.num_parameters = count_parameters(model)
-        self.training = model.training  # a new module is in train mode, whatever it holds
+        self.training = model.training  # otherwise a new module is in train mode
         self._no_split_modules = model._no_split_modules  # FSDP shards each of these (the decoder layers) separately
 
     def tie_weights(self) -> None:
@@ -65,7 +65,7 @@ class BodyAndHead(nn.Module):
         self.train(was_training)
         hidden, logits = output.hidden_states[-1].float(), output.logits.float()
         difference = (hidden @ head.float().T - logits).abs().max()
-        if difference > 0.05 * logits.abs().max() + 1e-3:  # not with NaN: a fault of the weights, found in evaluation
+        if difference > 0.05 * logits.abs().max() + 1e-3:  # False for NaN, which the first evaluation reports
             names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
             found = [f"{name} = {value}" for name in names if (value := getattr(self.model.config, name, None))]
             raise UsageError(
@@ -99,7 +99,7 @@ def load_pretrained(auto_class, name: str, role: str, config: DistillConfig, **o
     """Call auto_class.from_pretrained, and turn its exceptions into a UsageError of one line."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # for reading files; downloads keep theirs
+    logging.disable_progress_bar()  # the one for reading files; downloads still show one
     path, revision = locate(name, role)
     try:
         return auto_class.from_pretrained(
@@ -119,7 +119,7 @@ def load_model(name: str, role: str, config: DistillConfig, dtype: torch.dtype) 
 
 
 def check_models(config: DistillConfig) -> list:
-    """Load the transformers configs of the models of a run, which shows wrong names before any data is read."""
+    """Load the transformers configs of the models of a run, which reports wrong names before any data is read."""
     from transformers import AutoConfig
 
     roles = ("teacher", "student") if config.student_layers is None else ("teacher",)

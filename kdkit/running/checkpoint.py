@@ -23,17 +23,17 @@ from kdkit.config import FIELDS, DistillConfig, RunStopped, UsageError, read_con
 from kdkit.running import files
 
 WRAPPERS = re.compile(r"^module\.|_checkpoint_wrapped_module\.|_orig_mod\.")  # what wrappers add to a parameter's name
-# torch.distributed.checkpoint warns of this at each call in a run on one rank
+# torch.distributed.checkpoint warns about this at each call in a run on one rank
 warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """Return the checkpoints of a run, oldest first."""
     return sorted(Path(output_dir).glob("checkpoints/step_" + 8 * "[0-9]"))
 
 
 def find_checkpoint(config: DistillConfig, accelerator: Accelerator) -> Path | None:
-    """The checkpoint to resume from according to `config.resume`, or None for a new run. Called by all ranks.
+    """Return the checkpoint to resume from according to `config.resume`, or None for a new run. Called by all ranks.
 
     Damaged checkpoints are skipped with a message. Raises a UsageError if all are damaged, so that the run does not
     silently start over, and if the folder holds a run of another configuration.
@@ -64,7 +64,7 @@ def find_checkpoint(config: DistillConfig, accelerator: Accelerator) -> Path | N
 
 
 def _why_damaged(checkpoint: Path) -> str:
-    """Why a checkpoint is damaged, or "". Reads the size and the header of each file, but not the tensors."""
+    """Return why a checkpoint is damaged, or "". Reads the size and the header of each file, but not the tensors."""
     name = "trainer.json"
     try:
         sizes = json.loads((checkpoint / name).read_text())["files"]
@@ -125,7 +125,7 @@ def _tensors(accelerator: Accelerator, student, optimizer) -> dict[str, torch.Te
 def save_checkpoint(accelerator: Accelerator, student, optimizer, step: int, config: DistillConfig) -> None:
     """Write checkpoints/step_{step}, then remove all but the newest `keep_checkpoints`. Called by all ranks.
 
-    Checkpoints of later steps are removed, too: they belong to an earlier attempt, which was resumed from before them.
+    Checkpoints of later steps are removed, too: they belong to an earlier attempt, before this run was resumed.
     Raises RunStopped if the checkpoint cannot be written (a full disk, for example).
     """
     import torch.distributed.checkpoint as dcp

@@ -13,7 +13,7 @@ from kdkit.config import UsageError
 def start_accelerator() -> Accelerator:
     """Start accelerate in this process, with bf16 mixed precision unless its configuration says otherwise.
 
-    Raises a UsageError if the launcher asked for something that kdkit does not support, or that is not running.
+    Raises a UsageError if the launcher asked for something that kdkit does not support, or that did not start.
     """
     asked_processes, asked_fsdp = int(os.environ.get("WORLD_SIZE", "1")), parse_flag_from_env("ACCELERATE_USE_FSDP")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -21,7 +21,7 @@ def start_accelerator() -> Accelerator:
     # bf16 is slower than fp32 on a CPU without wide vector instructions
     slow_bf16 = on_cpu and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no" if slow_bf16 else "bf16")
-    if precision not in ("bf16", "no"):  # fp16 multiplies the gradients by a factor, with which they would be clipped
+    if precision not in ("bf16", "no"):  # with fp16, gradients are multiplied by a factor before they are clipped
         raise UsageError(f"mixed_precision is {precision}, expected bf16 or no: set it in accelerate's configuration")
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from kdkit.config import UsageError
 
-REASONS = {  # what the names of an error's classes and its text contain -> what it means, and what to do
+REASONS = {  # pattern in an error's class names or text -> the reason, and what to do
     "GatedRepoError|is a gated dataset": "is gated: ask for access at {page}, then `hf auth login` or set HF_TOKEN",
     "RevisionNotFoundError": "has no such revision: {page}/tree/main lists its branches and tags",
     "RepositoryNotFoundError|doesn't exist on the Hub": (
@@ -14,7 +14,7 @@ REASONS = {  # what the names of an error's classes and its text contain -> what
     "Errno 28|enough disk space": "does not fit on the disk of {cache}: make room, or set HF_HOME to a larger disk",
     "custom code": "comes with Python code of its own, which is not run: read it first, then --trust_remote_code true",
     "SafetensorError": "has a broken safetensors file ({error}): download or copy it again",
-    "LocalEntryNotFoundError|ConnectionError|TransportError": (  # the last is raised by httpx
+    "LocalEntryNotFoundError|ConnectionError|TransportError": (  # httpx raises the last one
         "could not be loaded: it is neither a local path nor in the cache, and the hub cannot be reached (no network, "
         "or HF_HUB_OFFLINE is set): give a local path, or load it once with network access"
     ),
@@ -31,7 +31,7 @@ def split_revision(name: str) -> tuple[str, str]:
 
 
 def loading_errors() -> tuple[type[Exception], ...]:
-    """The errors of loading something that the user has to correct. Others are bugs, and are not caught."""
+    """Return the types of loading errors that a user can correct. Other errors are bugs, and are not caught."""
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
     from safetensors import SafetensorError
@@ -57,5 +57,5 @@ def explain(what: str, name: str, error: Exception, remedy: str) -> UsageError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
+    """Return the first line of an error's message, or its type if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()

@@ -28,7 +28,7 @@ class Tracker:
         if not enabled:
             return
         path = Path(config.output_dir) / "metrics.jsonl"
-        events = read_metrics(path) if step else []  # a run that starts at step 0 repeats the evaluation of step 0, too
+        events = read_metrics(path) if step else []  # from step 0 on, the evaluation of step 0 is repeated, too
         self.history = [event for event in events if event.get("train/step", event.get("eval/step")) <= step]
         write_text(path, "".join(json.dumps(event) + "\n" for event in self.history))
         self._file = path.open("a", encoding="utf-8")
@@ -98,13 +98,13 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The events of a metrics.jsonl file. An incomplete last line, left by a kill, is skipped."""
+    """Return the events of a metrics.jsonl file. An incomplete last line, left by a kill, is skipped."""
     *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
     return [json.loads(line) for line in lines]
 
 
 def run_name(config: DistillConfig) -> str:
-    """A name made from the settings."""
+    """Return a name made from the settings."""
     teacher, student = Path(config.teacher_model).name, Path(config.student_model).name
     student = student if config.student_layers is None else f"{teacher}-layers"
     loss = "ce" if config.alpha == 1 else f"{config.divergence}-alpha{config.alpha:g}-T{config.temperature:g}"

@@ -40,7 +40,7 @@ class OnlineTeacher(BodyAndHead):
         offload = placement == "offload"
         self.placement = f"{PLACEMENTS[placement].format(accelerator.num_processes)} ({placement})"
 
-        from_rank_0 = bool(is_fsdp_enabled())  # then transformers may leave the parameters of the others empty
+        from_rank_0 = bool(is_fsdp_enabled())  # then transformers may load the weights on rank 0 only
         weights = self.state_dict() if from_rank_0 and accelerator.is_main_process else {}
         if from_rank_0:
             self._replace_parameters(device if placement == "replicate" else torch.device("meta"))
@@ -54,12 +54,12 @@ class OnlineTeacher(BodyAndHead):
             for module in [*layers, self]:  # each decoder layer alone, then embedding, norm and head together
                 fully_shard(module, offload_policy=policy)
         else:
-            # Hooks fetch a layer when its forward is called. The head's never is: it stays on the device.
+            # Hooks copy a layer to the device when its forward is called. The head's is never called: it stays there.
             self.model.get_output_embeddings().to(device)
             cpu_offload(self.model.base_model, device)
         if from_rank_0:
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload)
-            # torch warns of its own calls here
+            # torch warns about its own calls here
             warnings.filterwarnings("ignore", message=".*(_get_pg_default_device|Multiple backends)")
             set_model_state_dict(self, weights, options=options)
             self.tie_weights()

@@ -51,9 +51,9 @@ class StoredTeacher:
         self.placement = f"not loaded: its outputs ({config.targets}) are read from {folder}"
 
     def __call__(self, batch: dict) -> tuple[Tensor | TopK, Tensor | None]:
-        """Return (hidden (B, S, H), head (V, H)) or (TopK, None) for the rows in `row_ids`; 0 outside the loss."""
+        """Return (hidden (B, S, H), head (V, H)) or (TopK, None) for the rows in `row_ids`, with 0 for other tokens."""
         labels, rows, split = batch["labels"], batch["row_ids"], self.train
-        if not rows or rows[0] < 0:  # also for padding without a row: the loss and the metrics take both forms
+        if not rows or rows[0] < 0:  # also for a batch of padding only: the loss and the metrics accept both forms
             rows, split = [-1 - row for row in rows], self.eval
         outputs = {}
         for key in split.tensors:
@@ -107,7 +107,7 @@ class SplitFiles:
             start, stop = self.ends[row] - self.ends[first], self.ends[row + 1] - self.ends[first]
             pieces.append(self.opened[first].get_slice(key)[start:stop])
         values = torch.cat(pieces)
-        return values.int() if values.dtype == torch.uint16 else values  # few devices have uint16
+        return values.int() if values.dtype == torch.uint16 else values  # few operations support uint16
 
 
 def describe_made_for(config: DistillConfig, train_rows, eval_rows, dtype: torch.dtype) -> dict:
