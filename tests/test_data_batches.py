@@ -3,7 +3,6 @@ import multiprocessing
 import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -263,17 +262,32 @@ def test_another_tokenizer_changes_the_cache_and_a_call_of_it_does_not(small, ch
 
 
 def test_the_first_process_makes_the_rows_and_the_others_wait(small, tokenizer, tmp_path, monkeypatch):
-    calls, make = [], batches.tokenize
-    monkeypatch.setattr(batches, "tokenize", lambda *args: calls.append(1) or time.sleep(0.2) or make(*args))
+    fork, make = multiprocessing.get_context("fork"), batches.tokenize
+    calls, found = fork.Value("i", 0), fork.SimpleQueue()
+
+    def counted(*arguments):
+        with calls.get_lock():
+            calls.value += 1
+        time.sleep(0.2)  # the other process asks for the rows while they are made
+        return make(*arguments)
+
+    def load():
+        train, _ = load_rows(config, tokenizer)
+        found.put((batches.rows_digest(train), train.counts))
+
+    monkeypatch.setattr(batches, "tokenize", counted)
     config = small(dataset=words(tmp_path / "a.jsonl"))
-    with ThreadPoolExecutor(2) as pool:  # two ranks, and then another run
-        found = list(pool.map(lambda rank: load_rows(config, tokenizer), range(2)))
-    found.append(load_rows(config, tokenizer))
-    assert len(calls) == 2  # the training rows and the held-out ones
-    assert len({batches.rows_digest(train) for train, _ in found}) == 1
-    assert all(train.counts == found[0][0].counts for train, _ in found)
+    ranks = [fork.Process(target=load) for _ in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    load()  # another run
+    first, second, third = (found.get() for _ in range(3))
+    assert first == second == third and calls.value == 2  # the training rows and the held-out ones
     words(tmp_path / "a.jsonl", 100)  # other content
-    assert len(load_rows(config, tokenizer)[0]) < len(found[0][0]) and len(calls) == 4
+    load()
+    assert found.get() != first and calls.value == 4
 
 
 @pytest.mark.parametrize("where, name", [(batches, "pack"), (batches, "publish"), (files, "remove")])
