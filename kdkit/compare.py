@@ -35,7 +35,7 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
     first = configs[run_dirs[0]]
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     tokenizer = load_tokenizer(first)
-    _, rows = load_rows(first, tokenizer)
+    _, rows = load_rows(dataclasses.replace(first, packing=False), tokenizer)  # right for every model
     prompt = prompt or tokenizer.decode(rows[0]["input_ids"][:24], skip_special_tokens=True)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     teacher = load_teacher(first.teacher_model, torch.float32, first).to(device)

@@ -95,8 +95,8 @@ class DataFields:
     """The largest number of tokens of a row."""
     truncation_mode: Literal["split", "keep_start", "keep_end", "drop"] | None = None
     """What is done with a sample longer than max_length; None is split for texts and keep_start for conversations."""
-    packing: bool = field(default=True, metadata={"training_only": True})
-    """Fill rows with several samples, which cannot attend to each other; otherwise one sample per row."""
+    packing: bool | None = field(default=None, metadata={"training_only": True})
+    """Fill rows with several samples. None does so if both models keep them apart, which is tested before training."""
     num_proc: int | None = may_change(None)
     """Processes that tokenise the text; None is one less than the number of CPU cores, and at least 1."""
 

@@ -14,17 +14,18 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from kdkit.config import DistillConfig
-from kdkit.data import collate, empty_row
-from kdkit.losses import DIVERGENCES, IGNORE_INDEX, forward_kl
-from kdkit.models import wrap
+from kdkit.config import DistillConfig, UsageError
+from kdkit.data import collate, empty_row, is_packed
+from kdkit.losses import DIVERGENCES, IGNORE_INDEX, forward_kl, soft_cap
+from kdkit.models import examine, wrap
 
 CHUNK_TOKENS = 1024  # tokens whose logits exist at once
 
 
 def metric_sums(
     student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, labels: Tensor,
-    config: DistillConfig, vocab_size: int | None = None,
+    config: DistillConfig, vocab_size: int | None = None, student_cap: float | None = None,
+    teacher_cap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Sum the metrics over the tokens in the loss, so that the sums of batches and ranks can be added.
 
@@ -40,8 +41,8 @@ def metric_sums(
     with torch.autocast(labels.device.type, enabled=False):  # products in fp32: bf16 logits would distort a small KL
         for start in range(0, labels.numel(), CHUNK_TOKENS):
             chunk = slice(start, start + CHUNK_TOKENS)
-            student_logits = student_hidden[chunk].float() @ student_head.T  # (C, V)
-            teacher_logits = teacher_hidden[chunk].float() @ teacher_head.T  # (C, V)
+            student_logits = soft_cap(student_hidden[chunk].float() @ student_head.T, student_cap)  # (C, V)
+            teacher_logits = soft_cap(teacher_hidden[chunk].float() @ teacher_head.T, teacher_cap)  # (C, V)
             logits, options = (student_logits, teacher_logits), config.divergence_options
             per_token = (
                 F.cross_entropy(student_logits, labels[chunk], reduction="none"),
@@ -88,14 +89,17 @@ def evaluate(
         `eval/kl_t1` (KL(p || q) at T = 1), `eval/top1_agreement`, `eval/acceptance_rate` (the expected acceptance of
         the student as a draft model, Leviathan et al. 2023, arXiv:2211.17192), `eval/teacher_ce_loss`.
     """
-    student, teacher = wrap(student), wrap(teacher)
     device = accelerator.device if accelerator else next(student.parameters()).device
+    student, teacher = (
+        _examined(model, role, rows, device) for role, model in (("student", student), ("teacher", teacher))
+    )
+    arguments = config, vocab_size, getattr(student, "module", student).soft_cap, teacher.soft_cap
     was_training = student.training
     student.eval()
     sums = torch.zeros(7, dtype=torch.float64, device=device)
     for batch in evaluation_batches(rows, config.batch_size, pad_token_id, accelerator):
         batch = send_to_device(batch, device)
-        sums += student(batch, metric_sums, *teacher(batch), batch["labels"], config, vocab_size)
+        sums += student(batch, metric_sums, *teacher(batch), batch["labels"], *arguments)
     student.train(was_training)
     if accelerator:
         sums = accelerator.reduce(sums, "sum")
@@ -111,6 +115,16 @@ def evaluate(
         "eval/acceptance_rate": acceptance,
         "eval/teacher_ce_loss": teacher_ce,
     }
+
+
+def _examined(model, role: str, rows: Sequence[dict], device: torch.device):
+    """Return a transformers model wrapped and examined, and anything else unchanged."""
+    wrapped = wrap(model)
+    if wrapped is not model:
+        examine(wrapped, role, rows, device)
+        if is_packed(rows) and not wrapped.packs:
+            raise UsageError(f"the {role} lets documents in one row see each other: load the rows with packing=False")
+    return wrapped
 
 
 def describe_metrics(metrics: dict[str, float], step: int) -> str:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdkit.losses import DIVERGENCES, IGNORE_INDEX, KDLoss, TopK, check_loss_arguments, loss_sums
+from kdkit.losses import DIVERGENCES, IGNORE_INDEX, KDLoss, TopK, check_loss_arguments, loss_sums, soft_cap
 
 CHUNK_TOKENS = {"cpu": 144, "gpu": 1024}  # C, at least: every chunk reads both heads and fills two (C, V) buffers
 CHUNK_ELEMENTS = 2**22  # C * V, at least: with a small vocabulary, C is larger
@@ -50,6 +50,7 @@ def fused_kd_loss(
     labels: Tensor, *,
     alpha: float, temperature: float, divergence: str = "forward_kl",
     num_items_in_batch: int | Tensor | None = None, vocab_size: int | None = None,
+    student_cap: float | None = None, teacher_cap: float | None = None,
     chunk_size: int | None = None, compile: bool = False, **divergence_options: float,
 ) -> KDLoss:  # fmt: skip
     """`kd_loss(student_hidden @ student_head.T, teacher_hidden @ teacher_head.T, labels, ...)`, a chunk at a time.
@@ -66,6 +67,7 @@ def fused_kd_loss(
         labels: (...), already shifted; tokens with label -100 are not in the loss.
         alpha, temperature, divergence, num_items_in_batch, divergence_options: as in `kdkit.losses.kd_loss`.
         vocab_size: the entries of both vocabularies to use; None uses those of the narrower head.
+        student_cap, teacher_cap: if given, the model's logits are cap * tanh(hidden @ head^T / cap).
         chunk_size: the number of tokens whose logits exist at one time; None chooses it.
         compile: use `torch.compile` for step 3; the first call then takes about 15 seconds more.
 
@@ -94,6 +96,7 @@ def fused_kd_loss(
     block = functools.partial(
         compile_block(device) if compile else block_sums_and_gradient,
         alpha=alpha, temperature=temperature, divergence=DIVERGENCES[divergence], options=divergence_options,
+        student_cap=student_cap, teacher_cap=teacher_cap,
     )  # fmt: skip
     labels = labels.flatten()[valid]  # (N,)
     num_items = labels.numel() if num_items_in_batch is None else num_items_in_batch
@@ -184,17 +187,18 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def block_sums_and_gradient(
-    z: Tensor, labels: Tensor, *teacher: Tensor, alpha: float, temperature: float, divergence: Callable, options: dict
-) -> tuple[Tensor, Tensor]:
+    z: Tensor, labels: Tensor, *teacher: Tensor, alpha: float, temperature: float, divergence: Callable, options: dict,
+    student_cap: float | None = None, teacher_cap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the sums (3,) of loss, CE and T^2 * D over a block, and the gradient (R, V) of the first for z.
 
-    z (R, V) are the student's logits and labels is (R,). `teacher` is its logits (R, V), or the two tensors of `TopK`,
-    or nothing at alpha = 1. The other arguments are those of `kdkit.losses.loss_sums`.
+    z (R, V) are the student's logits, before its soft cap, and labels is (R,). `teacher` is its logits (R, V), or the
+    two tensors of `TopK`, or nothing at alpha = 1. The other arguments are those of `kdkit.losses.loss_sums`.
     """
-    targets = TopK(*teacher) if len(teacher) == 2 else next(iter(teacher), None)
+    targets = TopK(*teacher) if len(teacher) == 2 else next((soft_cap(logits, teacher_cap) for logits in teacher), None)
     with torch.enable_grad():
         z = z.detach().requires_grad_()
-        ce_sum, kl_sum = loss_sums(z, targets, labels, alpha, temperature, divergence, **options)
+        ce_sum, kl_sum = loss_sums(soft_cap(z, student_cap), targets, labels, alpha, temperature, divergence, **options)
         loss_sum = alpha * ce_sum + (1 - alpha) * kl_sum
         (gradient,) = torch.autograd.grad(loss_sum, z)
     return torch.stack([loss_sum, ce_sum, kl_sum]).detach(), gradient

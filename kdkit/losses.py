@@ -69,6 +69,11 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(_at_least_fp32(logits) / temperature, dim=-1)
 
 
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap), which lies between -cap and cap (as in Gemma 2); None leaves the logits as they are."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def _at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -263,7 +268,8 @@ def check_loss_arguments(alpha: float, temperature: float, divergence: str) -> N
 
 def dense_kd_loss(
     student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor | TopK | None, teacher_head: Tensor | None,
-    labels: Tensor, *, vocab_size: int | None = None, **settings,
+    labels: Tensor, *, vocab_size: int | None = None, student_cap: float | None = None,
+    teacher_cap: float | None = None, **settings,
 ) -> KDLoss:  # fmt: skip
     """`kd_loss` from last hidden states and heads, with all logits in memory: the reference for `kdkit.fused`.
 
@@ -271,8 +277,8 @@ def dense_kd_loss(
     """
     if teacher_head is not None:
         vocab_size = min(len(student_head), len(teacher_head), vocab_size or len(student_head))
-    student_logits = F.linear(student_hidden, student_head[:vocab_size])  # (..., V)
+    student_logits = soft_cap(F.linear(student_hidden, student_head[:vocab_size]), student_cap)  # (..., V)
     teacher_logits = teacher_hidden
     if isinstance(teacher_hidden, Tensor) and teacher_head is not None:
-        teacher_logits = F.linear(teacher_hidden, teacher_head[:vocab_size])  # (..., V)
+        teacher_logits = soft_cap(F.linear(teacher_hidden, teacher_head[:vocab_size]), teacher_cap)  # (..., V)
     return kd_loss(student_logits, teacher_logits, labels, **settings)

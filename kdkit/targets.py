@@ -28,9 +28,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kdkit.config import DistillConfig, UsageError, load_config
-from kdkit.data import collate, empty_row, load_rows
+from kdkit.data import collate, empty_row, load_rows, settle_packing
 from kdkit.fused import precise_logits
-from kdkit.losses import IGNORE_INDEX, top_k
+from kdkit.losses import IGNORE_INDEX, soft_cap, top_k
 from kdkit.models import check_models, load_teacher, load_tokenizer, teacher_dtype
 from kdkit.running import files
 from kdkit.running.devices import leave_processes, start_accelerator
@@ -55,40 +55,43 @@ def store(config: DistillConfig) -> Path:
     accelerator = start_accelerator()
     check_models(config)
     tokenizer, folder = load_tokenizer(config), Path(config.targets_dir)
-    rows = dict(zip(("train", "eval"), load_rows(config, tokenizer), strict=True))
+    rows = load_rows(config, tokenizer)
     dtype = teacher_dtype(config, accelerator.mixed_precision)
     teacher = OnlineTeacher(load_teacher(config.teacher_model, dtype, config))
-    teacher.check_head("teacher")
-    made_for = describe_made_for(config, *rows.values(), dtype)
+    teacher.place(accelerator, config.teacher_placement)
+    notes = teacher.examine(rows[0], accelerator.device)
+    rows, more = settle_packing(rows, config, tokenizer, {"teacher": teacher.packs})
+    made_for = describe_made_for(config, *rows, dtype)
+    rows = dict(zip(("train", "eval"), rows, strict=True))
     vocab_size = made_for.get("vocab_size")
     if config.targets == "top_k" and config.top_k > vocab_size:
         raise UsageError(f"top_k is {config.top_k}, expected at most {vocab_size}, the entries of the vocabulary")
-    layout = _layout(config, teacher, str(dtype).removeprefix("torch."))
+    head = teacher(send_to_device(collate([empty_row(0)], 0), accelerator.device))[1]  # (V, H)
+    layout = _layout(config, teacher, head.shape[1], str(dtype).removeprefix("torch."))
     if (folder / "targets.json").is_file():
         layout = read_layout(folder, made_for)
     splits = {name: SplitFiles(folder, name, rows[name], layout[name]) for name in rows}
     if accelerator.is_main_process:
         _prepare_folder(folder, list(splits.values()), {"made_for": made_for, "layout": layout})
     accelerator.wait_for_everyone()  # before any rank writes a file, all must have looked for missing ones
-    teacher.place(accelerator, config.teacher_placement)
-    accelerator.print(f"teacher  {config.teacher_model}: {teacher.placement}")
+    accelerator.print("\n         ".join([f"teacher  {config.teacher_model}: {teacher.placement}", *notes, *more]))
 
     def compute(chosen: list[dict], names) -> dict[str, Tensor]:
         """Return the outputs `names` for the tokens of some rows. Without rows, the teacher runs on padding."""
         batch = collate(chosen or [empty_row(tokenizer.pad_token_id)], tokenizer.pad_token_id)
         batch = send_to_device(batch, accelerator.device)
         hidden, head = teacher(batch)
-        found = {"head": head, "hidden": hidden[batch["labels"] != IGNORE_INDEX]}  # (V, H), (N, H)
+        found = {"hidden": hidden[batch["labels"] != IGNORE_INDEX]}  # (N, H)
         if "ids" in names:
             tops = []
             for chunk in found["hidden"].split(CHUNK):
-                tops.append(top_k(precise_logits(chunk, head[:vocab_size]), config.top_k, config.temperature))
+                logits = soft_cap(precise_logits(chunk, head[:vocab_size]), teacher.soft_cap)
+                tops.append(top_k(logits, config.top_k, config.temperature))
             found["ids"], found["log_probs"] = (torch.cat(tensors) for tensors in zip(*tops, strict=True))
         return {name: found[name].cpu() for name in names}
 
-    head = compute([], ["head"])
     if accelerator.is_main_process and not (folder / "head.safetensors").is_file():
-        _write(folder / "head.safetensors", head)
+        _write(folder / "head.safetensors", {"head": head.cpu()})
     for name, split in splits.items():
         _store_missing(split, rows[name], compute, config.batch_size, accelerator)
     accelerator.wait_for_everyone()
@@ -96,10 +99,10 @@ def store(config: DistillConfig) -> Path:
     return folder
 
 
-def _layout(config: DistillConfig, teacher: OnlineTeacher, dtype: str) -> dict:
+def _layout(config: DistillConfig, teacher: OnlineTeacher, width: int, dtype: str) -> dict:
     """Return `layout` of targets.json: for each split the width and dtype of its tensors, and the rows per file."""
-    layout = {name: getattr(teacher, name) for name in ("head_rows", "num_parameters", "context")}
-    hidden = {"hidden": (teacher.model.get_output_embeddings().weight.shape[1], dtype)}
+    layout = {name: getattr(teacher, name) for name in ("head_rows", "num_parameters", "context", "soft_cap")}
+    hidden = {"hidden": (width, dtype)}
     ids = "uint16" if teacher.head_rows <= 2**16 else "int32"
     log_probs = "float16" if dtype == "bfloat16" else "float32"  # two bytes if that is the precision of the run
     most_likely = {"ids": (config.top_k, ids), "log_probs": (config.top_k + 1, log_probs)}

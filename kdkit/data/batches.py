@@ -68,6 +68,12 @@ def count_tokens(rows: Sequence[dict]) -> int:
     return getattr(rows, "counts", {}).get("tokens") or int(loss_tokens(rows).sum())
 
 
+def is_packed(rows: Sequence[dict]) -> bool:
+    """Return whether a row has several documents: positions start at 0 in each."""
+    starts = sum(int((chunk.flatten().to_numpy() == 0).sum()) for chunk in Rows.of(rows).table["position_ids"].chunks)
+    return starts > len(rows)
+
+
 def rows_digest(rows: Sequence[dict]) -> str:
     """Return a hash of the content and the order of rows."""
     digest = hashlib.sha256(row_lengths(rows).tobytes())
@@ -100,7 +106,7 @@ def pack(rows: Sequence[dict], max_length: int) -> Rows:
 
 
 def load_rows(config: DistillConfig, tokenizer) -> tuple[Rows, Rows]:
-    """Return the training and the held-out rows of a run: read, tokenised, limited, packed.
+    """Return the training and the held-out rows of a run: read, tokenised, limited, and packed unless packing is False.
 
     The first process makes them, and keeps them as Arrow in the cache folder of `datasets`, while the others wait.
 
@@ -108,7 +114,7 @@ def load_rows(config: DistillConfig, tokenizer) -> tuple[Rows, Rows]:
         UsageError: the data cannot be read, has conversations without a chat template, has nothing to learn, or is too
             small to hold a part out; the cache cannot be written.
     """
-    found = []
+    config, found = dataclasses.replace(config, packing=_packing(config)), []
     for part, purpose in (("train", "to learn"), ("eval", "to evaluate on")):
         source = open_source(config, part)
         if source.kind == "conversations" and not (tokenizer.chat_template and tokenizer.is_fast):
@@ -127,6 +133,39 @@ def load_rows(config: DistillConfig, tokenizer) -> tuple[Rows, Rows]:
     return tuple(found)
 
 
+def settle_packing(
+    rows: tuple[Rows, Rows], config: DistillConfig, tokenizer, packs: dict[str, bool]
+) -> tuple[tuple[Rows, Rows], list[str]]:
+    """Return the rows of `load_rows`, loaded again with one sample each if a model needs that; and a line to print.
+
+    `packs` says of the teacher and the student whether documents that share a row do not see each other.
+
+    Raises:
+        UsageError: `packing` is True, or the stored targets are those of packed rows.
+    """
+    mixing = " and ".join(f"the {role}" for role, separate in packs.items() if not separate)
+    packing = _packing(config)
+    if packing is False or not mixing:
+        return rows, []
+    if packing:
+        again = (
+            "" if config.packing else f", and with targets that are made with it: those in {config.targets_dir} are not"
+        )
+        raise UsageError(
+            f"packing is on, but in {mixing} the samples of a row see each other: use --packing false{again}"
+        )
+    rows = load_rows(dataclasses.replace(config, packing=False), tokenizer)
+    return rows, [f"packing: no, one sample per row, since in {mixing} the samples of a row would see each other"]
+
+
+def _packing(config: DistillConfig) -> bool | None:
+    """Return the field `packing`; where it is None, that of the rows of the stored targets, if there are any."""
+    path = Path(config.targets_dir or "", "targets.json")
+    if config.packing is not None or config.targets == "online" or not path.is_file():
+        return config.packing
+    return json.loads(path.read_text(encoding="utf-8"))["made_for"]["packing"]
+
+
 def cache_folder(source: Source, config: DistillConfig, tokenizer) -> Path:
     """Return the folder of a source's rows. Everything that can change a row changes its name."""
     import datasets
@@ -134,6 +173,7 @@ def cache_folder(source: Source, config: DistillConfig, tokenizer) -> Path:
     ignored = ("eval_", "max_eval_") if source.part == "train" else ()  # these do not change the training rows
     names = [field.name for field in dataclasses.fields(DataFields) if not field.metadata.get("may_change")]
     fields = {name: getattr(config, name) for name in names if not name.startswith(ignored)}
+    fields["packing"] = config.packing is not False
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()  # each call sets both again, so they do not change rows
         tokenizer.backend_tokenizer.no_padding()
@@ -187,7 +227,7 @@ def _write_rows(folder: Path, source: Source, config: DistillConfig, tokenizer) 
     limited = _up_to(made(), getattr(config, f"max_{source.part}_tokens") or math.inf)
     with open(folder / "rows.arrow", "wb") as file, pa.ipc.new_file(file, Rows.of([]).table.schema) as writer:
         while part := list(_up_to(limited, PACK_TOKENS)):
-            part = pack(part, config.max_length) if config.packing else Rows.of(part)
+            part = Rows.of(part) if config.packing is False else pack(part, config.max_length)
             counts["tokens"] += count_tokens(part)
             writer.write_table(part.table)
     (folder / "counts.json").write_text(json.dumps(counts))

@@ -1,8 +1,10 @@
-"""The two models: load them, and check that they fit each other."""
+"""The two models: load them, check that they fit each other, and ask each what the loss relies on."""
 # ruff: noqa: F401, I001
 
+from kdkit.models.body_and_head import BodyAndHead, count_parameters, wrap
+from kdkit.models.examine import examine
 from kdkit.models.load import (
-    ASSETS, BodyAndHead, check_models, count_parameters, load_student, load_teacher, load_tokenizer,
-    student_from_layers, teacher_dtype, teacher_fingerprint, wrap,
+    ASSETS, check_models, load_student, load_teacher, load_tokenizer, student_from_layers, teacher_dtype,
+    teacher_fingerprint,
 )  # fmt: skip
 from kdkit.models.pair import Pair, check_pair

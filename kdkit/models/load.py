@@ -1,87 +1,20 @@
-"""Load the teacher, the student and the tokenizer, from a folder or from the hub.
-
-Shapes: B rows, S tokens, H hidden size, V rows of a head (entries of the vocabulary).
-"""
+"""Load the teacher, the student and the tokenizer, from a folder or from the hub."""
 
 import copy
 import hashlib
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdkit.config import DistillConfig, UsageError
+from kdkit.models.body_and_head import wrap
 from kdkit.running.hub import explain, loading_errors, split_revision
 
 ASSETS = Path(__file__).parent.parent / "assets"
-
-
-class BodyAndHead(nn.Module):
-    """A causal language model that passes its last hidden states and its head to a function.
-
-    The loss and the metrics are computed from hidden states and head, chunk by chunk, so that no tensor of the size
-    tokens x vocabulary has to exist. Both are read inside `forward`, since DDP notices the use of a parameter,
-    and FSDP gathers sharded parameters, only there. So always call this module, never a part of it.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        self.head_rows = len(model.get_output_embeddings().weight)  # V, often more than the tokenizer has entries
-        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # None: unlimited
-        self.num_parameters = count_parameters(model)
-        self.training = model.training  # otherwise a new module is in train mode
-        self._no_split_modules = model._no_split_modules  # FSDP shards each of these (the decoder layers) separately
-
-    def tie_weights(self) -> None:
-        """Tie embedding and head again if the model ties them. FSDP calls it after it has replaced parameters."""
-        self.model.tie_weights()
-
-    def forward(self, batch: dict[str, Tensor], function: Callable = lambda *both: both, *arguments):
-        """Return function(hidden (B, S, H), head (V, H), *arguments) for the `input_ids` and `position_ids` (B, S)."""
-        # No attention mask: transformers derives one from the position ids, which keeps packed samples apart.
-        output = self.model.base_model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-        )
-        return function(output.last_hidden_state, self.model.get_output_embeddings().weight, *arguments)
-
-    @torch.no_grad()
-    def check_head(self, role: str) -> None:
-        """Raise a UsageError if the logits are not hidden @ head^T. Call this before the model is sharded.
-
-        Compares both on a few tokens, which shows soft caps, scales and biases.
-        """
-        head = self.model.get_output_embeddings().weight
-        if head.is_meta:  # with FSDP only rank 0 loads the weights, and makes this comparison
-            return
-        was_training = self.training
-        self.eval()
-        ids = torch.arange(4, device=head.device)[None]
-        output = self.model(input_ids=ids, output_hidden_states=True, use_cache=False)
-        self.train(was_training)
-        hidden, logits = output.hidden_states[-1].float(), output.logits.float()
-        difference = (hidden @ head.float().T - logits).abs().max()
-        if difference > 0.05 * logits.abs().max() + 1e-3:  # False for NaN, which the first evaluation reports
-            names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-            found = [f"{name} = {value}" for name in names if (value := getattr(self.model.config, name, None))]
-            raise UsageError(
-                f"the {role}'s logits are not hidden @ head^T, but have {', '.join(found) or 'a bias, or another step'}"
-                ", which the loss would not apply: use a model with a plain head"
-            )
-
-
-def wrap(model: nn.Module):
-    """Return a transformers model as a `BodyAndHead`, and anything else (a `BodyAndHead`, a teacher) unchanged."""
-    return BodyAndHead(model) if hasattr(model, "get_output_embeddings") else model
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Count a model's parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def locate(name: str, role: str) -> tuple[str, str]:

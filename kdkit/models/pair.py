@@ -5,7 +5,8 @@ from typing import NamedTuple
 from torch import nn
 
 from kdkit.config import DistillConfig, UsageError
-from kdkit.models.load import load_pretrained, wrap
+from kdkit.models.body_and_head import wrap
+from kdkit.models.load import load_pretrained
 
 
 class Pair(NamedTuple):
@@ -24,8 +25,8 @@ def check_pair(config: DistillConfig, teacher, student, tokenizer) -> Pair:
     `BodyAndHead`.
 
     Raises:
-        UsageError: the tokenizers differ, a head has fewer rows than there are tokens or is not a plain product, or
-            max_length is larger than a context.
+        UsageError: the tokenizers differ, a head has fewer rows than there are tokens, or max_length is larger than a
+            context.
     """
     from transformers import AutoTokenizer
 
@@ -44,7 +45,6 @@ def check_pair(config: DistillConfig, teacher, student, tokenizer) -> Pair:
         if model.context is not None and config.max_length > model.context:
             limit = f"expected at most {model.context:,}, the context of the {role}"
             raise UsageError(f"max_length is {config.max_length:,}, {limit}")
-        model.check_head(role)
     vocab_size = min(teacher.head_rows, student.head_rows)
     report = [f"tokenizer: {entries:,} entries, the same for both"]
     if teacher.head_rows != student.head_rows:

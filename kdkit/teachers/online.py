@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from kdkit.config import UsageError
-from kdkit.models import BodyAndHead
+from kdkit.models import BodyAndHead, examine
 
 PLACEMENTS = {"replicate": "a copy on each device", "shard": "sharded over {} ranks", "offload": "in CPU memory"}
 
@@ -19,6 +19,10 @@ class OnlineTeacher(BodyAndHead):
     def __init__(self, model: nn.Module):
         super().__init__(model)
         self.requires_grad_(False).eval()
+
+    def examine(self, rows, device: torch.device) -> list[str]:
+        """See `kdkit.models.examine`."""
+        return examine(self, "teacher", rows, device)
 
     def place(self, accelerator: Accelerator, placement: str) -> None:
         """Move the weights to where `placement` says. With FSDP call this after accelerator.prepare.
@@ -56,7 +60,7 @@ class OnlineTeacher(BodyAndHead):
         else:
             # Hooks copy a layer to the device when its forward is called. The head's is never called: it stays there.
             self.model.get_output_embeddings().to(device)
-            cpu_offload(self.model.base_model, device)
+            cpu_offload(self.decoder, device)
         if from_rank_0:
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=offload)
             # torch warns about its own calls here

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kdkit.config import DataFields, DistillConfig, UsageError
-from kdkit.data import loss_tokens, rows_digest
+from kdkit.data import is_packed, loss_tokens, rows_digest
 from kdkit.losses import IGNORE_INDEX, TopK
 from kdkit.models import check_models, load_teacher, teacher_fingerprint
 
@@ -39,7 +39,8 @@ class StoredTeacher:
         self.config, folder = config, Path(config.targets_dir)
         layout = read_layout(folder, describe_made_for(config, train_rows, eval_rows, dtype))
         self.head_rows, self.context = layout["head_rows"], layout["context"]
-        self.num_parameters = layout["num_parameters"]
+        self.num_parameters, self.soft_cap = layout["num_parameters"], layout.get("soft_cap")
+        self.packs = True  # for the rows of this run, which are those that the targets were made for
         self.train = SplitFiles(folder, "train", train_rows, layout["train"])
         self.eval = SplitFiles(folder, "eval", eval_rows, layout["eval"])
         if missing := [*self.train.missing, *self.eval.missing]:
@@ -69,8 +70,9 @@ class StoredTeacher:
         if self.config.targets == "hidden":
             self.head = self.head.to(accelerator.device)
 
-    def check_head(self, role: str) -> None:
-        """Do nothing: `python -m kdkit.targets` has checked the head before it stored the targets."""
+    def examine(self, rows, device: torch.device) -> list[str]:
+        """Do nothing: `python -m kdkit.targets` has examined the teacher before it stored the targets."""
+        return []
 
     @property
     def model(self) -> torch.nn.Module:
@@ -117,6 +119,7 @@ def describe_made_for(config: DistillConfig, train_rows, eval_rows, dtype: torch
         "teacher_model": teacher_fingerprint(config),
         "dtype": str(dtype).removeprefix("torch."),
         **{name: getattr(config, name) for name in DATA_FIELDS},
+        "packing": is_packed(train_rows),
         "training text": rows_digest(train_rows),
         "held-out text": rows_digest(eval_rows),
     }

@@ -1,0 +1,91 @@
+"""A causal language model as the loss needs it: last hidden states, and a head whose product with them is the logits.
+
+Whether that is so, and whether several documents may share a row, differs between families and between versions of
+transformers. So each model is asked, with a few tokens, on the device where it runs: see `kdkit.models.examine`.
+
+Shapes: B rows, S tokens, H hidden size, V rows of a head (entries of the vocabulary).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdkit.config import UsageError
+
+
+class BodyAndHead(nn.Module):
+    """A causal language model that passes its last hidden states and its head to a function.
+
+    The loss and the metrics are computed from hidden states and head, chunk by chunk, so that no tensor of the size
+    tokens x vocabulary has to exist. Both are read inside `forward`, since DDP notices the use of a parameter,
+    and FSDP gathers sharded parameters, only there. So always call this module, never a part of it.
+
+    `examine` finds the attributes `packs`, `logit_scale` and `soft_cap`: logits = soft_cap(hidden @ head^T, cap) for
+    the hidden states and the head that the function is given, which contain the scale and the bias, if there are any.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        head = model.get_output_embeddings()
+        if getattr(head, "weight", None) is None:
+            raise UsageError(
+                f"{type(model).__name__} has no output embedding to compute logits with: use another model"
+            )
+        self.model = model
+        # get_decoder and base_model may return the model itself, or a head of that name
+        candidates = (model.get_decoder(), model.base_model, *model.children())
+        decoder = next((part for part in candidates if part is not model and hasattr(part, "get_decoder")), model)
+        object.__setattr__(self, "decoder", decoder)  # not as a submodule: it is in `model` already
+        self.head_rows = len(head.weight)  # V, often more than the tokenizer has entries
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # None: unlimited
+        self.num_parameters = count_parameters(model)
+        self.training = model.training  # otherwise a new module is in train mode
+        self._no_split_modules = model._no_split_modules  # FSDP shards each of these (the decoder layers) separately
+        self.packs = True  # documents that share a row do not see each other
+        self.logit_scale, self.soft_cap = 1.0, None
+
+    def tie_weights(self) -> None:
+        """Tie embedding and head again if the model ties them. FSDP calls it after it has replaced parameters."""
+        self.model.tie_weights()
+
+    def forward(self, batch: dict[str, Tensor] | None, function: Callable = lambda *both: both, *arguments):
+        """Return function(hidden (B, S, H), head (V, H), *arguments) for the `input_ids` and `position_ids` (B, S).
+
+        Without a batch, return function(self, *arguments): for a check that has to read parameters.
+        """
+        if batch is None:
+            return function(self, *arguments)
+        return function(*self.with_bias(self.body(batch).last_hidden_state), *arguments)
+
+    def body(self, batch: dict[str, Tensor]):
+        """Return the output of the model without its head."""
+        # No attention mask: transformers derives one from the position ids, which keeps packed documents apart.
+        positions = {"position_ids": batch["position_ids"]} if self.packs else {}
+        return self.decoder(input_ids=batch["input_ids"], use_cache=False, **positions)
+
+    def with_bias(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return hidden states (..., H) and head (V, H) with the scale and the bias of the logits in them.
+
+        The bias is one more column of the head, for hidden states that are 1 there. Seven columns of 0 follow, since
+        matrix products are fast if H is a multiple of 8.
+        """
+        head = self.model.get_output_embeddings()
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if self.logit_scale != 1:
+            hidden = hidden * self.logit_scale
+        if bias is not None:
+            hidden = F.pad(F.pad(hidden, (0, 1), value=1.0), (0, 7))
+            weight = F.pad(torch.cat([weight, bias[:, None]], dim=1), (0, 7))
+        return hidden, weight
+
+
+def wrap(model: nn.Module):
+    """Return a transformers model as a `BodyAndHead`, and anything else (a `BodyAndHead`, a teacher) unchanged."""
+    return BodyAndHead(model) if hasattr(model, "get_output_embeddings") else model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count a model's parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
