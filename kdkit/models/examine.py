@@ -133,14 +133,14 @@ def _find_head(model: BodyAndHead, role: str, ids: Tensor) -> None:
         raise refusal
     if logits.isnan().any():  # the first evaluation reports it
         return
+    limit, error = (1e-3, 1e-5) if hidden.dtype == torch.float32 else (0.02, 3e-4)
     highest = logits.abs().amax((1, 2))
     if highest[3] < 2 * highest[2]:  # ten times the hidden state, and not even twice the logits
-        model.soft_cap = _round(highest[3])
+        model.soft_cap = _round(highest[3], error)
     small = logits[1] if model.soft_cap is None else model.soft_cap * torch.atanh(logits[1] / model.soft_cap)
     product = product[1] - bias
-    model.logit_scale = _round(((small - bias) * product).sum() / product.square().sum())
+    model.logit_scale = _round(((small - bias) * product).sum() / product.square().sum(), error)
     expected = soft_cap(_product(model, fed), model.soft_cap)
-    limit = 1e-3 if hidden.dtype == torch.float32 else 0.02
     if not ((expected - logits).abs().amax((1, 2)) <= limit * highest).all():
         raise refusal
 
@@ -151,10 +151,15 @@ def _product(model: BodyAndHead, hidden: Tensor) -> Tensor:
     return hidden.float() @ head.float().T
 
 
-def _round(value: Tensor) -> float:
-    """Undo the rounding errors of a measured number, or of its reciprocal: 1.00001 is 1, and 0.16666 is 1/6."""
+def _round(value: Tensor, tolerance: float) -> float:
+    """Undo the error of a measurement: the shortest number near it, or 1 over one: 1 for 1.00001, 1 / 6 for 0.1667."""
     value = float(value)
-    return min(float(f"{value:.4g}"), 1 / float(f"{1 / value:.4g}"), key=lambda rounded: abs(rounded - value))
+    numbers = (number for digits in range(1, 9) for number in _rounded(value, digits))
+    return next((number for number in numbers if abs(number - value) <= tolerance * abs(value)), value)
+
+
+def _rounded(value: float, digits: int) -> tuple[float, float]:
+    return float(f"{value:.{digits}g}"), 1 / float(f"{1 / value:.{digits}g}")
 
 
 def _first_line(error: Exception) -> str:
