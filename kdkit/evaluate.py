@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from kdkit.config import DistillConfig, UsageError
+from kdkit.config import DistillConfig, RunStopped, UsageError
 from kdkit.data import collate, empty_row, is_packed
 from kdkit.losses import DIVERGENCES, IGNORE_INDEX, forward_kl, soft_cap
 from kdkit.models import examine, wrap
@@ -125,6 +125,17 @@ def _examined(model, role: str, rows: Sequence[dict], device: torch.device):
         if is_packed(rows) and not wrapped.packs:
             raise UsageError(f"the {role} lets documents in one row see each other: load the rows with packing=False")
     return wrapped
+
+
+def check_copy(metrics: dict[str, float], config: DistillConfig) -> None:
+    """Raise RunStopped if the student is by name the teacher, but does not have its distribution before training."""
+    same = config.student_layers is None and config.student_is_pretrained
+    same = same and config.student_model == config.teacher_model
+    if same and metrics["eval/kl_t1"] > 0.02:  # rounding to bf16 causes about 0.001
+        raise RunStopped(
+            f"teacher and student are both {config.teacher_model}, but their KL is {metrics['eval/kl_t1']:.3f} and "
+            "not 0: one of them is not loaded or not run as it should be. Please report this model"
+        )
 
 
 def describe_metrics(metrics: dict[str, float], step: int) -> str:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .config import DistillConfig, RunStopped, UsageError, load_config
 from .data import Steps, count_tokens, describe_rows, load_rows, settle_packing
-from .evaluate import describe_metrics, evaluate, evaluation_batches
+from .evaluate import check_copy, describe_metrics, evaluate, evaluation_batches
 from .fused import fused_kd_loss, should_compile
 from .losses import IGNORE_INDEX, KDLoss, dense_kd_loss
 from .models import BodyAndHead, check_models, check_pair, examine, load_student, load_tokenizer
@@ -188,6 +188,8 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
                            vocab_size=pair.vocab_size, accelerator=accelerator)  # fmt: skip
         batches = evaluation_batches(eval_rows, config.batch_size, tokenizer.pad_token_id, accelerator)
         stop_if_not_finite("the evaluation after step", metrics, batches, step, config, tokenizer, accelerator)
+        if step == 0:
+            check_copy(metrics, config)
         tracker.log_evaluation(metrics, step=step, epoch=step / steps.steps_per_epoch)
         if accelerator.is_main_process:
             tqdm.write(describe_metrics(metrics, step))

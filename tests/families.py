@@ -34,8 +34,8 @@ SIZES = {
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "num_encoder_attention_heads"), 4),
     **dict.fromkeys(("num_decoder_attention_heads", "rotary_dim"), 4),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 1024),
-    **{"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "is_decoder": True, "use_mamba_kernels": False},
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 1040),
+    **{"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1, "is_decoder": True, "use_mamba_kernels": False},
     **{"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 32, "attention_window": 32},
     # mixtures of experts
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
@@ -58,7 +58,7 @@ Written by `python tests/families.py` with transformers {version}: for each fami
 student. {count} families were tried. A family that *trains* was trained for two steps, stopped, resumed, exported and
 loaded again; its metrics before the first step and those of the exported student equal the ones computed from
 transformers' own logits for one document at a time. The table is a record and not a list that kdkit reads: each model
-is asked before training ([kdkit/models/examine.py](../kdkit/models/examine.py)).
+is asked before training ([kdkit/models/examination.py](../kdkit/models/examination.py)).
 
 - *packs*: documents that share a row do not see each other. Where they do, a row has one document.
 - *head*: what is between the last hidden states and the logits, besides the product with the head; the loss applies it.
@@ -159,7 +159,7 @@ def held_out_metrics(models: dict, documents) -> dict[str, float]:
     num_items = 0
     for row in documents:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
-        log_q, log_p = (models[role](ids).logits[0].log_softmax(-1) for role in ("student", "teacher"))
+        log_q, log_p = (models[role](ids, use_cache=False).logits[0].log_softmax(-1) for role in ("student", "teacher"))
         sums["eval/ce_loss"] += float(F.nll_loss(log_q, labels, reduction="sum"))
         sums["eval/teacher_ce_loss"] += float(F.nll_loss(log_p, labels, reduction="sum"))
         sums["eval/kl_t1"] += float((log_p.exp() * (log_p - log_q)).sum(-1)[labels != -100].sum())

@@ -1,3 +1,5 @@
+import dataclasses
+import importlib
 import json
 import math
 import os
@@ -16,8 +18,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdkit import load_config
+from kdkit.config import RunStopped
 from kdkit.data import Steps, load_rows
-from kdkit.models import ASSETS, load_teacher, load_tokenizer
+from kdkit.models import ASSETS, load_student, load_teacher, load_tokenizer
 from kdkit.running.devices import start_accelerator
 from kdkit.teachers import OnlineTeacher
 from kdkit.train import learning_rate, main, make_optimizer, train
@@ -133,6 +136,21 @@ def test_training_at_alpha_1_runs_the_teacher_on_held_out_rows_only(small, monke
 
     monkeypatch.setattr(OnlineTeacher, "forward", held_out_only)
     train(small(alpha=1.0, max_steps=2))
+
+
+def test_teacher_as_its_own_student_has_kl_0_or_is_stopped(small, monkeypatch):
+    folder = str(ASSETS / "embedded_teacher")
+    config = small(teacher_model=folder, student_model=folder, max_steps=1)
+    assert train(config)[0]["eval/kl_t1"] < 1e-6
+
+    def shuffled(*arguments):
+        model = load_student(*arguments)
+        model.model.layers = model.model.layers[::-1]
+        return model
+
+    monkeypatch.setattr(importlib.import_module("kdkit.train"), "load_student", shuffled)
+    with pytest.raises(RunStopped, match=r"both .*embedded_teacher, but their KL is \d"):
+        train(dataclasses.replace(config, output_dir=config.output_dir + "2"))
 
 
 def test_training_does_not_change_the_teacher(small, monkeypatch):

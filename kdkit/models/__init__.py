@@ -2,7 +2,7 @@
 # ruff: noqa: F401, I001
 
 from kdkit.models.body_and_head import BodyAndHead, count_parameters, wrap
-from kdkit.models.examine import examine
+from kdkit.models.examination import examine
 from kdkit.models.load import (
     ASSETS, check_models, load_student, load_teacher, load_tokenizer, student_from_layers, teacher_dtype,
     teacher_fingerprint,

@@ -1,7 +1,7 @@
 """A causal language model as the loss needs it: last hidden states, and a head whose product with them is the logits.
 
 Whether that is so, and whether several documents may share a row, differs between families and between versions of
-transformers. So each model is asked, with a few tokens, on the device where it runs: see `kdkit.models.examine`.
+transformers. So each model is asked, with a few tokens, on the device where it runs: see `kdkit.models.examination`.
 
 Shapes: B rows, S tokens, H hidden size, V rows of a head (entries of the vocabulary).
 """
@@ -39,7 +39,8 @@ class BodyAndHead(nn.Module):
         decoder = next((part for part in candidates if part is not model and hasattr(part, "get_decoder")), model)
         object.__setattr__(self, "decoder", decoder)  # not as a submodule: it is in `model` already
         self.head_rows = len(head.weight)  # V, often more than the tokenizer has entries
-        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # None: unlimited
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.context = context if context and context > 0 else None  # None: unlimited
         self.num_parameters = count_parameters(model)
         self.training = model.training  # otherwise a new module is in train mode
         self._no_split_modules = model._no_split_modules  # FSDP shards each of these (the decoder layers) separately

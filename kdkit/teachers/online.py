@@ -21,7 +21,7 @@ class OnlineTeacher(BodyAndHead):
         self.requires_grad_(False).eval()
 
     def examine(self, rows, device: torch.device) -> list[str]:
-        """See `kdkit.models.examine`."""
+        """See `kdkit.models.examination`."""
         return examine(self, "teacher", rows, device)
 
     def place(self, accelerator: Accelerator, placement: str) -> None:

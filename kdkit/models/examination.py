@@ -133,7 +133,8 @@ def _find_head(model: BodyAndHead, role: str, ids: Tensor) -> None:
         raise refusal
     if logits.isnan().any():  # the first evaluation reports it
         return
-    limit, error = (1e-3, 1e-5) if hidden.dtype == torch.float32 else (0.02, 3e-4)
+    dtypes = {hidden.dtype, model.model.get_output_embeddings().weight.dtype}
+    limit, error = (1e-3, 1e-5) if dtypes == {torch.float32} else (0.02, 1e-3)
     highest = logits.abs().amax((1, 2))
     if highest[3] < 2 * highest[2]:  # ten times the hidden state, and not even twice the logits
         model.soft_cap = _round(highest[3], error)
