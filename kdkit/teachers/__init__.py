@@ -7,7 +7,7 @@ The rest of the kit does not ask which of the two it has. A teacher has
     num_parameters                   of the model, tied ones counted once
     place(accelerator, placement)    moves, shards or offloads it, after the student is prepared
     placement                        a line to print: where it is kept
-    examine(rows, device)            asks it, once it is in its place, what the loss relies on: see kdkit.models.examination
+    examine(rows, device)            asks it, where it runs, what the loss relies on: see kdkit.models.examination
     packs, soft_cap                  what it answered
     model                            the transformers model, for a student that is cut from its layers
 """
