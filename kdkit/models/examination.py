@@ -49,52 +49,55 @@ def examine(module: nn.Module, role: str, rows: Sequence[dict], device: torch.de
 
 def _examine(model: BodyAndHead, role: str, ids: Tensor) -> None:
     """`ids`: (3 L,), all different."""
+    first, second, third = ids.view(3, -1)  # documents of L tokens
     # flash attention has no fp32: it then runs as in training
     flash = "flash" in str(getattr(model.model.config, "_attn_implementation", ""))
     with torch.autocast(ids.device.type, enabled=flash and torch.is_autocast_enabled(ids.device.type)):
-        documents = ids.view(3, -1)  # (3, L)
         error = None
         for model.packs in (True, False):
             try:
-                fault = _fault(model, *documents)
+                alone = _body(model, first[None])
+                fault = _fault(model, alone.last_hidden_state[0], first, second, third)
             except torch.OutOfMemoryError:
                 raise
             except Exception as caught:  # whatever the model's own code raises
-                fault, error = f"cannot run on plain token ids ({type(caught).__name__}: {_first_line(caught)})", caught
+                message = next(iter(str(caught).splitlines()), "")
+                fault, error = f"cannot run on plain token ids ({type(caught).__name__}: {message})", caught
             if fault is None:
                 break
         else:
             name = type(model.model).__name__
             raise UsageError(f"the {role} ({name}) {fault}: use a causal language model of another family") from error
-        _find_head(model, role, documents[:1])
+        _find_head(model, role, first[None], alone)
 
 
-def _fault(model: BodyAndHead, first: Tensor, second: Tensor, third: Tensor) -> str | None:
+def _fault(model: BodyAndHead, alone: Tensor, first: Tensor, second: Tensor, third: Tensor) -> str | None:
     """Return what is wrong with rows of several documents (`packs`), or of one; None if nothing is.
 
-    The first document runs alone, and in a batch: behind and before another document, which is what padding is, too.
-    If it gives the same everywhere, it sees no other document, row, or padding. If it still gives the same, except for
-    its last token, when that token and the document before it are replaced, it sees no later token.
+    The first document has run alone, which gave `alone` (L, H). Here it runs in a batch, behind and before another
+    document, which is what padding is, too. If it gives the same everywhere, it sees no other document, row, or
+    padding. If it still gives the same, except for its last token, when that token and the document before it are
+    replaced, it sees no later token.
     """
     changed = torch.cat([first[:-1], third[:1]])
     rows = [[third, first], [second, changed], [first, second]]
     if not model.packs:
         rows = [[first, second], [changed, third], [first, third]]
     at = slice(len(first), None) if model.packs else slice(len(first))  # where `first` and `changed` are
-    positions = torch.arange(len(first), device=first.device)
-    alone = _hidden(model, first[None], positions)[0]  # (L, H)
-    output = _hidden(model, torch.stack([torch.cat(row) for row in rows]), positions.repeat(2))  # (rows, 2 L, H)
+    output = _body(model, torch.stack([torch.cat(row) for row in rows]), len(first)).last_hidden_state  # (3, 2 L, H)
     # The same shapes give the same rounding errors, except in mixtures of experts.
     same_shape, other_shape = (1e-5, 1e-3) if alone.dtype == torch.float32 else (0.02, 0.05)
     if _differ(output[1, at][:-1], output[0, at][:-1], same_shape):
         return "lets a token see a later one" + " or another document" * model.packs
-    if _differ(output[0, at], alone, other_shape) or _differ(output[-1, : len(first)], alone, other_shape):
+    if _differ(output[0, at], alone, other_shape) or _differ(output[2, : len(first)], alone, other_shape):
         return "gives other hidden states in a batch or beside padding than alone"
     return None
 
 
-def _hidden(model: BodyAndHead, ids: Tensor, positions: Tensor) -> Tensor:
-    return model.body({"input_ids": ids, "position_ids": positions.expand_as(ids)}).last_hidden_state
+def _body(model: BodyAndHead, ids: Tensor, length: int | None = None):
+    """Run the model without its head on rows of documents of `length` tokens (None: of one document)."""
+    positions = torch.arange(ids.shape[1], device=ids.device) % (length or ids.shape[1])
+    return model.body({"input_ids": ids, "position_ids": positions.expand_as(ids)})
 
 
 def _differ(a: Tensor, b: Tensor, limit: float) -> bool:
@@ -102,54 +105,49 @@ def _differ(a: Tensor, b: Tensor, limit: float) -> bool:
     return bool((a.float() - b.float()).norm() > limit * b.float().norm())
 
 
-def _find_head(model: BodyAndHead, role: str, ids: Tensor) -> None:
-    """Find `logit_scale` and `soft_cap`, by giving hidden states of four sizes to the model's own head: `ids` (1, L).
+def _find_head(model: BodyAndHead, role: str, ids: Tensor, output) -> None:
+    """Find `logit_scale` and `soft_cap`, by giving hidden states of four sizes to the model's own head.
+
+    `ids` is (1, L), and `output` what the body gives for them.
 
     Raises:
         UsageError: the logits have another form.
     """
-    model.logit_scale, model.soft_cap = 1.0, None
-    output = model.body({"input_ids": ids, "position_ids": torch.arange(ids.shape[1], device=ids.device)[None]})
-    hidden, name = output.last_hidden_state, type(model.model).__name__  # (1, L, H)
+    name, head = type(model.model).__name__, model.model.get_output_embeddings()
     refusal = UsageError(
         f"the {role}'s logits are not soft_cap(scale * hidden @ head^T + bias): {name} takes another step from the "
         f"last hidden states to the logits, which the loss would not take. Use another {role}"
     )
-    if hidden.shape[-1] != model.model.get_output_embeddings().weight.shape[1]:
+    hidden = output.last_hidden_state  # (1, L, H)
+    if hidden.shape[-1] != head.weight.shape[1]:
         raise refusal
-    largest = _product(model, hidden).abs().max()
-    sizes = torch.stack([torch.ones_like(largest), 1 / largest, 1e4 / largest, 1e5 / largest])
-    fed = hidden * sizes[:, None, None].to(hidden.dtype)  # (4, L, H); largest products: as it is, 1, 1e4 and 1e5
-    fed_output = dataclasses.replace(output, last_hidden_state=fed)
-    with mock.patch.object(model.decoder, "forward", lambda *_, **__: fed_output):
+    bias = 0 if getattr(head, "bias", None) is None else head.bias.float()
+    product = hidden.float() @ head.weight.float().T  # (1, L, V)
+    # as it is, and so that the largest product is about 1, 1e4 and 1e5; powers of 2 cause no rounding
+    sizes = (torch.tensor([1, 1e4, 1e5], device=ids.device) / product.abs().max()).log2().round().exp2()
+    sizes = torch.cat([torch.ones_like(sizes[:1]), sizes])[:, None, None]  # (4, 1, 1)
+    fed = dataclasses.replace(output, last_hidden_state=hidden * sizes.to(hidden.dtype))
+    with mock.patch.object(model.decoder, "forward", lambda *_, **__: fed):
         try:
             logits = model.model(input_ids=ids.expand(4, -1), use_cache=False).logits.float()  # (4, L, V)
         except (RuntimeError, TypeError) as error:  # the head cannot be called with such hidden states
             raise refusal from error
-    bias = getattr(model.model.get_output_embeddings(), "bias", None)
-    bias = 0 if bias is None else bias.float()
-    product = _product(model, fed)
-    if logits.shape != product.shape:
-        raise refusal
     if logits.isnan().any():  # the first evaluation reports it
         return
-    dtypes = {hidden.dtype, model.model.get_output_embeddings().weight.dtype}
-    limit, error = (1e-3, 1e-5) if dtypes == {torch.float32} else (0.02, 1e-3)
+    if logits.shape != (4, *product.shape[1:]):
+        raise refusal
+    exact = {hidden.dtype, head.weight.dtype} == {torch.float32}
+    limit, error = (1e-3, 1e-5) if exact else (0.02, 1e-3)
     highest = logits.abs().amax((1, 2))
+    model.soft_cap, small = None, logits[1]
     if highest[3] < 2 * highest[2]:  # ten times the hidden state, and not even twice the logits
         model.soft_cap = _round(highest[3], error)
-    small = logits[1] if model.soft_cap is None else model.soft_cap * torch.atanh(logits[1] / model.soft_cap)
-    product = product[1] - bias
-    model.logit_scale = _round(((small - bias) * product).sum() / product.square().sum(), error)
-    expected = soft_cap(_product(model, fed), model.soft_cap)
+        small = model.soft_cap * torch.atanh(small / model.soft_cap)
+    expected = (product * sizes)[1]
+    model.logit_scale = _round(((small - bias) * expected).sum() / expected.square().sum(), error)
+    expected = soft_cap(model.logit_scale * product * sizes + bias, model.soft_cap)
     if not ((expected - logits).abs().amax((1, 2)) <= limit * highest).all():
         raise refusal
-
-
-def _product(model: BodyAndHead, hidden: Tensor) -> Tensor:
-    """The logits (..., V) before the soft cap, in fp32."""
-    hidden, head = model.with_bias(hidden)
-    return hidden.float() @ head.float().T
 
 
 def _round(value: Tensor, tolerance: float) -> float:
@@ -161,7 +159,3 @@ def _round(value: Tensor, tolerance: float) -> float:
 
 def _rounded(value: float, digits: int) -> tuple[float, float]:
     return float(f"{value:.{digits}g}"), 1 / float(f"{1 / value:.{digits}g}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
