@@ -189,8 +189,8 @@ def run_kdkit(folder: Path, args: argparse.Namespace) -> dict:
     kdkit_train.clip_gradients = timed("clipping", kdkit_train.clip_gradients)
     make_loss = kdkit_train.make_loss
 
-    def timed_loss(*arguments):
-        loss_function, line = make_loss(*arguments)
+    def timed_loss(*arguments, **soft_caps):
+        loss_function, line = make_loss(*arguments, **soft_caps)
         return timed("loss", loss_function), line
 
     kdkit_train.make_loss = timed_loss

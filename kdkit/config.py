@@ -131,6 +131,8 @@ class OptimizationFields:
     """Rows of a micro-batch on each device."""
     gradient_accumulation_steps: int = 1
     """Micro-batches of an optimizer step on each device."""
+    gradient_checkpointing: bool = may_change(False)
+    """Compute the student's activations again in the backward pass: much less memory, a fourth to a third slower."""
     num_epochs: float = 3.0
     """Passes over the training text; max_steps, if given, decides instead."""
     max_steps: int | None = None

@@ -50,7 +50,7 @@ def fused_kd_loss(
     labels: Tensor, *,
     alpha: float, temperature: float, divergence: str = "forward_kl",
     num_items_in_batch: int | Tensor | None = None, vocab_size: int | None = None,
-    student_cap: float | None = None, teacher_cap: float | None = None,
+    student_cap: float | None = None, teacher_cap: float | None = None, valid: Tensor | None = None,
     chunk_size: int | None = None, compile: bool = False, **divergence_options: float,
 ) -> KDLoss:  # fmt: skip
     """`kd_loss(student_hidden @ student_head.T, teacher_hidden @ teacher_head.T, labels, ...)`, a chunk at a time.
@@ -68,6 +68,8 @@ def fused_kd_loss(
         alpha, temperature, divergence, num_items_in_batch, divergence_options: as in `kdkit.losses.kd_loss`.
         vocab_size: the entries of both vocabularies to use; None uses those of the narrower head.
         student_cap, teacher_cap: if given, the model's logits are cap * tanh(hidden @ head^T / cap).
+        valid: (N,), the indices of the tokens in the loss in the flattened labels, if they are known; finding them
+            makes the host wait for the GPU.
         chunk_size: the number of tokens whose logits exist at one time; None chooses it.
         compile: use `torch.compile` for step 3; the first call then takes about 15 seconds more.
 
@@ -82,7 +84,8 @@ def fused_kd_loss(
         raise ValueError(f"chunk_size is {chunk_size}, expected at least 1 token, or None for the default")
     widths = [len(head) for head in (student_head, teacher_head) if head is not None]
     vocab_size = min(*widths, vocab_size or widths[0])
-    valid = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (N,); the only line that waits for the GPU
+    if valid is None:
+        valid = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (N,)
     student = _model("student", student_hidden, student_head, labels, vocab_size)
     teacher = None
     if alpha < 1 and isinstance(teacher_hidden, TopK):
@@ -142,14 +145,17 @@ class _ChunkedLoss(torch.autograd.Function):
         inputs = zip((hidden, head), ctx.needs_input_grad[:2], strict=True)
         d_hidden, d_head = (x.new_zeros(x.shape) if needed else None for x, needed in inputs)
         device, vocab_size, on_cpu = valid.device, len(student.head), valid.device.type == "cpu"
+        width = math.ceil(vocab_size / 8) * 8  # rows that start at a multiple of 16 bytes are read faster
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         # On a CPU, fp32 master weights and the fp32 gradient stay fp32: the product rounds its operands to bf16.
         grad_dtype = dtype if on_cpu and student.head.dtype == dtype else student.dtype
         head = student.head.to(grad_dtype)
+        # On a GPU, partial sums in bf16 would be possible otherwise.
+        in_fp32 = {"out_dtype": dtype} if device.type == "cuda" and grad_dtype != dtype else {}
         block_size = max(4, BLOCK_ELEMENTS["cpu" if on_cpu else "gpu"] // vocab_size)
         buffers = [
-            torch.empty(chunk_size, vocab_size, dtype=dtype, device=device) for _ in (student, teacher)
-        ]  # (C, V)
+            torch.empty(chunk_size, width, dtype=dtype, device=device) for _ in (student, teacher)
+        ]  # (C, at least V)
         sums, scale = torch.zeros(3, dtype=dtype, device=device), 1 / num_items.clamp(min=1).to(dtype)
 
         for first in range(0, len(valid), max(chunk_size, 1)):
@@ -161,16 +167,18 @@ class _ChunkedLoss(torch.autograd.Function):
             elif teacher is not None:
                 targets = [x[tokens] for x in teacher]  # (C, K), (C, K + 1)
             # The gradient overwrites the logits. In a smaller dtype, its rows end before later rows of the logits.
-            grad = z if grad_dtype == dtype else buffers[0].view(grad_dtype).view(-1, vocab_size)[: len(z)]  # (C, V)
+            grad = z  # (C, V)
+            if grad_dtype != dtype:
+                grad = buffers[0].view(grad_dtype).view(-1, width)[: len(z), :vocab_size]
             num_blocks = math.ceil(len(z) / block_size)
             pieces = [x.tensor_split(num_blocks) for x in (grad, z, labels[first : first + chunk_size], *targets)]
             for d_z, *arguments in zip(*pieces, strict=True):
                 block_sums, gradient = block(*arguments)
                 sums += block_sums
                 torch.mul(gradient, scale, out=d_z)  # rounded once, to the dtype of the products
-            with _operands_as(student.dtype):
+            with _operands_as(student.dtype, device):
                 if d_hidden is not None:
-                    d_hidden.view(-1, d_hidden.shape[-1])[tokens] = torch.mm(grad, head).to(d_hidden.dtype)
+                    d_hidden.view(-1, d_hidden.shape[-1])[tokens] = torch.mm(grad, head, **in_fp32).to(d_hidden.dtype)
                 if d_head is not None:
                     _add_product(d_head[:vocab_size], grad.T, student.hidden[tokens].to(grad_dtype))
         losses = (sums * scale).unbind()
@@ -241,15 +249,15 @@ def precise_logits(hidden: Tensor, head: Tensor) -> Tensor:
 
 
 def _logits(model: _Model, tokens: Tensor | slice, buffer: Tensor) -> Tensor:
-    """hidden[tokens] @ head.T in the first rows of the buffer, exact to its dtype: (C, V)."""
+    """hidden[tokens] @ head.T in the first rows and columns of the buffer, exact to its dtype: (C, V)."""
     hidden, head = model.hidden[tokens].to(model.dtype), model.head  # (C, H), (V, H)
-    out = buffer[: len(hidden)]
+    out = buffer[: len(hidden), : len(head)]
     if head.dtype == hidden.dtype == out.dtype:
         return torch.mm(hidden, head.T, out=out)
     if out.device.type == "cuda":
         return torch.mm(hidden, head.T, out_dtype=out.dtype, out=out)
     hidden = hidden.to(out.dtype)
-    with _operands_as(model.dtype):
+    with _operands_as(model.dtype, out.device):
         for i in range(0, len(head), HEAD_ROWS):
             torch.mm(hidden, head[i : i + HEAD_ROWS].to(out.dtype).T, out=out[:, i : i + HEAD_ROWS])
     return out
@@ -258,7 +266,7 @@ def _logits(model: _Model, tokens: Tensor | slice, buffer: Tensor) -> Tensor:
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, where a is a transposed matrix and may have a smaller dtype."""
     on_cpu = a.device.type == "cpu"
-    if total.dtype == torch.float32 != a.dtype and not on_cpu:
+    if total.dtype == torch.float32 != a.dtype and a.device.type == "cuda":
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     elif total.dtype == a.dtype and not (on_cpu and a.dtype == torch.bfloat16):
         total.addmm_(a, b)
@@ -268,10 +276,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 @contextmanager
-def _operands_as(dtype: torch.dtype) -> Iterator[None]:
+def _operands_as(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Let a CPU round the operands of fp32 products to bf16: exact if they are bf16 numbers already, and faster."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on
-    if dtype != torch.bfloat16 or matmul is None:
+    if dtype != torch.bfloat16 or device.type != "cpu" or matmul is None:
         yield
         return
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"

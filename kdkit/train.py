@@ -21,7 +21,7 @@ from .config import DistillConfig, RunStopped, UsageError, load_config
 from .data import Steps, count_tokens, describe_rows, load_rows, settle_packing
 from .evaluate import check_copy, describe_metrics, evaluate, evaluation_batches
 from .fused import fused_kd_loss, should_compile
-from .losses import IGNORE_INDEX, KDLoss, dense_kd_loss
+from .losses import KDLoss, dense_kd_loss
 from .models import BodyAndHead, check_models, check_pair, examine, load_student, load_tokenizer
 from .running.checkpoint import export, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
 from .running.devices import clip_gradients, leave_processes, start_accelerator
@@ -37,6 +37,8 @@ def load(config: DistillConfig, accelerator: Accelerator) -> tuple:
     rows = load_rows(config, tokenizer)
     teacher = open_teacher(config, accelerator.mixed_precision, *rows)
     student = BodyAndHead(load_student(config, teacher))
+    if config.gradient_checkpointing:
+        student.recompute_activations()
     pair = check_pair(config, teacher, student, tokenizer)
     return tokenizer, rows, teacher, student, pair
 
@@ -54,7 +56,7 @@ def examine_models(config, accelerator, tokenizer, rows: tuple, teacher, student
 def make_loss(
     config: DistillConfig, steps: Steps, vocab_size: int, device: torch.device, **soft_caps: float | None
 ) -> tuple[Callable[..., KDLoss], str]:
-    """Return the loss of a run, a function of (hidden, head, targets, labels, num_items), and how it is computed."""
+    """Return the loss of a run, a function of (hidden, head, targets, batch, num_items), and how it is computed."""
     num_logits = len(steps) * tokens_per_step(steps) / steps.num_ranks * vocab_size
     compiled, line = should_compile(config.compile_loss if config.fused_loss else False, num_logits, device)
     settings = {
@@ -62,10 +64,12 @@ def make_loss(
         "vocab_size": vocab_size, **soft_caps, **config.divergence_options,
     }  # fmt: skip
 
-    def loss_function(hidden: Tensor, head: Tensor, targets: tuple, labels: Tensor, num_items: Tensor) -> KDLoss:
+    def loss_function(hidden: Tensor, head: Tensor, targets: tuple, batch: dict, num_items: Tensor) -> KDLoss:
+        arguments = hidden, head, *targets, batch["labels"]
         if not config.fused_loss:
-            return dense_kd_loss(hidden, head, *targets, labels, num_items_in_batch=num_items, **settings)
-        return fused_kd_loss(hidden, head, *targets, labels, num_items_in_batch=num_items, compile=compiled, **settings)
+            return dense_kd_loss(*arguments, num_items_in_batch=num_items, **settings)
+        options = {"valid": batch["valid"], "compile": compiled}
+        return fused_kd_loss(*arguments, num_items_in_batch=num_items, **options, **settings)
 
     return loss_function, line
 
@@ -88,16 +92,16 @@ def train_step(
     Returns:
         This rank's parts of (loss, CE, T^2 * D), which sum to those of the step over all ranks; and num_items.
     """
-    num_items = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches)
-    num_items = accelerator.reduce(num_items.to(accelerator.device), "sum")  # of all micro-batches on all ranks
+    num_items = torch.tensor(sum(len(batch["valid"]) for batch in micro_batches), device=accelerator.device)
+    num_items = accelerator.reduce(num_items, "sum")  # the tokens in the loss of all micro-batches on all ranks
     losses = torch.zeros(3, device=accelerator.device)
     for index, batch in enumerate(micro_batches):
-        batch = send_to_device(batch, accelerator.device)
+        batch = send_to_device(batch, accelerator.device, non_blocking=True)
         targets = teacher(batch) if teacher else (None, None)  # soft targets, without gradients
         is_last = index == len(micro_batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(student):  # ranks exchange gradients once per step
             # the sum over this micro-batch of alpha * CE + (1 - alpha) * T^2 * D, divided by num_items
-            result = student(batch, loss_function, targets, batch["labels"], num_items)
+            result = student(batch, loss_function, targets, batch, num_items)
             # DDP and FSDP average gradients over ranks, but these are parts of one sum: undo the average
             accelerator.backward(result.loss * accelerator.num_processes)
         losses += torch.stack([result.loss.detach(), result.ce_loss, result.kl_loss])
@@ -170,7 +174,8 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
     student, optimizer = accelerator.prepare(student, optimizer)
     teacher.place(accelerator, config.teacher_placement)
     train_rows, eval_rows = examine_models(config, accelerator, tokenizer, rows, teacher, student, pair)
-    steps = Steps(train_rows, config, tokenizer.pad_token_id, accelerator.process_index, accelerator.num_processes)
+    ranks = accelerator.process_index, accelerator.num_processes
+    steps = Steps(train_rows, config, tokenizer.pad_token_id, *ranks, on_gpu=accelerator.device.type == "cuda")
     model = accelerator.unwrap_model(student)
     caps = {"student_cap": model.soft_cap, "teacher_cap": teacher.soft_cap}
     loss_function, compilation = make_loss(config, steps, pair.vocab_size, accelerator.device, **caps)
@@ -199,8 +204,8 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
     targets_from = teacher if config.alpha < 1 else None
     tokens, since = 0, time.perf_counter()
     progress = tqdm(initial=start, total=len(steps), unit="step", disable=not accelerator.is_main_process)
-    for step in range(start + 1, len(steps) + 1):
-        micro_batches, is_last = steps[step - 1], step == len(steps)
+    for step, micro_batches in enumerate(steps.prefetched(start), start + 1):
+        is_last = step == len(steps)
         local_losses, num_items = train_step(student, targets_from, micro_batches, loss_function, accelerator)
         grad_norm = clip_gradients(student, config.max_grad_norm, accelerator)  # the norm before clipping
         loss, ce_loss, kl_loss = accelerator.reduce(local_losses, "sum")
@@ -245,6 +250,11 @@ def main(argv: list[str] | None = None) -> None:
         train(load_config(argv))
     except (UsageError, RunStopped) as error:
         sys.exit(f"kdkit: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"kdkit: the device is out of memory ({str(error).split('. ')[0]}). A smaller batch_size with as many times "
+            "more gradient_accumulation_steps gives the same steps; gradient_checkpointing true needs less, too"
+        )
     except KeyboardInterrupt:
         sys.exit("kdkit: interrupted. The same command resumes from the newest checkpoint, if one was saved")
     leave_processes()

@@ -111,7 +111,7 @@ def main() -> None:
     for step in progress:
         (batch,) = steps[step]
         with torch.autocast("cpu", torch.bfloat16):
-            result = student(batch, loss, (None, None), batch["labels"], None)
+            result = student(batch, loss, (None, None), batch, None)
         result.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.max_grad_norm)
         for group in optimizer.param_groups:

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
@@ -146,12 +147,40 @@ def test_the_number_of_steps_is_max_steps_or_follows_from_num_epochs(small):
         steps_of(small, rows, micro=4, accumulation=2, max_steps=5)[0][5]
 
 
+def test_prefetched_steps_are_the_steps_and_an_error_in_making_one_is_raised(small):
+    (steps,) = steps_of(small, numbered_rows(9), micro=2, accumulation=2, max_steps=7)
+    made = list(steps.prefetched(2))
+    assert [batch["row_ids"] for step in made for batch in step] == [
+        batch["row_ids"] for index in range(2, 7) for batch in steps[index]
+    ]
+    assert list(steps.prefetched(7)) == []
+    steps.pad_token_id = None  # cannot be padded with
+    with pytest.raises(RuntimeError, match="NoneType"):
+        list(steps.prefetched(0))
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_batch_says_where_documents_start_and_which_tokens_are_in_the_loss(small, monkeypatch, on_gpu):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    rows = pack([{**row, "labels": [IGNORE_INDEX, *row["labels"][1:]]} for row in numbered_rows(40)], 70)
+    steps = Steps(rows, small(batch_size=3, max_length=70), 0, on_gpu=on_gpu)
+    for batch in (batch for index in range(len(steps)) for batch in steps[index]):
+        length = batch["labels"].shape[1]
+        assert not on_gpu or length in (64, 70)
+        assert torch.equal(batch["labels"].flatten()[batch["valid"]], batch["labels"][batch["labels"] != IGNORE_INDEX])
+        starts = batch["cu_seq_lens"].tolist()
+        for start, end in itertools.pairwise(starts):
+            assert batch["position_ids"].flatten()[start:end].tolist() == list(range(end - start))
+        assert starts[0] == 0 and starts[-1] == batch["labels"].numel()
+        assert batch["max_length"] == max(end - start for start, end in itertools.pairwise(starts))
+
+
 def test_row_ids_are_the_rows_of_a_micro_batch_and_empty_for_padding(small):
     rows = numbered_rows(9)
     for rank in steps_of(small, rows, micro=2, accumulation=2, ranks=2, max_steps=2):
         for batch in (batch for step in range(2) for batch in rank[step]):
             expected = collate([rows[row] for row in batch["row_ids"]] or [empty_row(0)], 0)
-            assert all(torch.equal(batch[key], expected[key]) for key in expected)
+            torch.testing.assert_close({key: batch[key] for key in expected}, expected, rtol=0, atol=0)
     assert [batch["row_ids"] for batch in rank[1]] == [[]]  # 8 of the 9 rows are in step 0; rank 1 has none in step 1
 
 

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdkit import load_config
 from kdkit.config import RunStopped
-from kdkit.data import Steps, load_rows
-from kdkit.models import ASSETS, load_student, load_teacher, load_tokenizer
+from kdkit.data import Steps, collate, load_rows
+from kdkit.models import ASSETS, BodyAndHead, load_student, load_teacher, load_tokenizer
 from kdkit.running.devices import start_accelerator
 from kdkit.teachers import OnlineTeacher
 from kdkit.train import learning_rate, main, make_optimizer, train
@@ -151,6 +151,29 @@ def test_teacher_as_its_own_student_has_kl_0_or_is_stopped(small, monkeypatch):
     monkeypatch.setattr(importlib.import_module("kdkit.train"), "load_student", shuffled)
     with pytest.raises(RunStopped, match=r"both .*embedded_teacher, but their KL is \d"):
         train(dataclasses.replace(config, output_dir=config.output_dir + "2"))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_gradient_checkpointing_gives_the_same_run(small, monkeypatch, precision):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    runs = []
+    for recompute in (False, True):
+        config = small(gradient_checkpointing=recompute, output_dir=f"{small().output_dir}{recompute}", max_steps=2)
+        runs.append([{k: v for k, v in event.items() if "per_second" not in k} for event in train(config)])
+    assert runs[0] == runs[1]
+
+
+def test_gradient_checkpointing_keeps_less_for_the_backward_pass(small):
+    kept = []
+    for recompute in (False, True):
+        student, numbers = BodyAndHead(load_student(small(), None)), []
+        if recompute:
+            student.recompute_activations()
+        batch = collate(load_rows(small(), load_tokenizer(small()))[0][:4], 0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, n=numbers: n.append(x.nbytes) or x, lambda x: x):
+            student(batch, lambda hidden, head: hidden)
+        kept.append(sum(numbers))
+    assert kept[1] < 0.3 * kept[0]
 
 
 def test_training_does_not_change_the_teacher(small, monkeypatch):

@@ -9,6 +9,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -260,8 +261,11 @@ class Steps:
     have the same number of micro-batches, since they communicate in each: see `empty_row`.
     """
 
-    def __init__(self, rows: Sequence[dict], config: DistillConfig, pad_token_id: int, rank=0, num_ranks=1):
+    def __init__(
+        self, rows: Sequence[dict], config: DistillConfig, pad_token_id: int, rank=0, num_ranks=1, on_gpu: bool = False
+    ):
         self.rows, self.pad_token_id, self.seed = rows, pad_token_id, config.seed
+        self.max_length, self.on_gpu = config.max_length, on_gpu
         self.batch_size, self.rank, self.num_ranks = config.batch_size, rank, num_ranks
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * num_ranks
         self.steps_per_epoch = math.ceil(len(rows) / self.rows_per_step)
@@ -296,8 +300,22 @@ class Steps:
         for start in range(0, len(step_rows), on_all_ranks):
             indices = step_rows[start : start + on_all_ranks][self.rank :: self.num_ranks]
             rows = [self.rows[index] for index in indices] or [empty_row(self.pad_token_id)]
-            micro_batches.append({**collate(rows, self.pad_token_id), "row_ids": indices})
+            length = max(len(row["labels"]) for row in rows)
+            if self.on_gpu:  # kernels are fast at multiples of 64, and a compiler sees fewer shapes
+                length = min(math.ceil(length / 64) * 64, self.max_length)
+            batch = collate(rows, self.pad_token_id, length, pin_memory=self.on_gpu)
+            micro_batches.append({**batch, "row_ids": indices})
         return micro_batches
+
+    def prefetched(self, start: int) -> Iterator[list[dict]]:
+        """Yield the steps from `start` on. Each is made while the one before is computed."""
+        with ThreadPoolExecutor(1) as thread:
+            made = thread.submit(self.__getitem__, start) if start < len(self) else None
+            for step in range(start, len(self)):
+                micro_batches = made.result()
+                if step + 1 < len(self):
+                    made = thread.submit(self.__getitem__, step + 1)
+                yield micro_batches
 
 
 def empty_row(pad_token_id: int) -> dict:
@@ -305,11 +323,18 @@ def empty_row(pad_token_id: int) -> dict:
     return {"input_ids": [pad_token_id], "labels": [IGNORE_INDEX], "position_ids": [0]}
 
 
-def collate(rows: Sequence[dict], pad_token_id: int, length: int | None = None) -> dict[str, torch.Tensor]:
-    """Pad rows on the right to the longest (or to `length`) and stack them: three tensors of (B, S), int64.
+def collate(
+    rows: Sequence[dict], pad_token_id: int, length: int | None = None, pin_memory: bool = False
+) -> dict[str, torch.Tensor | int]:
+    """Pad rows on the right to the longest (or to `length`) and stack them.
 
     The padding is a document of its own (positions from 0) without labels. Only its labels mark it: its token id may
     be that of the end of text, which has to be learned.
+
+    Returns:
+        input_ids, labels, position_ids: (B, S), int64.
+        valid: (N,), the indices of the tokens in the loss in the flattened labels.
+        cu_seq_lens: int32, the starts of the documents in the flattened batch, and its end; max_length: the longest.
     """
     length = length or max(len(row["labels"]) for row in rows)
     batch = {key: [] for key in KEYS}
@@ -318,4 +343,11 @@ def collate(rows: Sequence[dict], pad_token_id: int, length: int | None = None) 
         batch["input_ids"].append([*row["input_ids"], *[pad_token_id] * padding])
         batch["labels"].append([*row["labels"], *[IGNORE_INDEX] * padding])
         batch["position_ids"].append([*row["position_ids"], *range(padding)])
-    return {key: torch.tensor(values) for key, values in batch.items()}
+    batch = {key: torch.tensor(values) for key, values in batch.items()}
+    # both are needed on the device, and would be slow to find there: the host would have to wait for the answer
+    batch["valid"] = (batch["labels"].flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    starts = (batch["position_ids"].flatten() == 0).nonzero().squeeze(1)
+    batch["cu_seq_lens"] = torch.cat([starts, torch.tensor([batch["labels"].numel()])]).int()
+    if pin_memory:  # copies to a GPU do not wait for it then
+        batch = {key: value.pin_memory() for key, value in batch.items()}
+    return {**batch, "max_length": int(batch["cu_seq_lens"].diff().max())}

@@ -51,8 +51,17 @@ class BodyAndHead(nn.Module):
         """Tie embedding and head again if the model ties them. FSDP calls it after it has replaced parameters."""
         self.model.tie_weights()
 
+    def recompute_activations(self) -> None:
+        """Keep only the input of each decoder layer for the backward pass, which then runs the layer again."""
+        if not self.model.supports_gradient_checkpointing:
+            name = type(self.model).__name__
+            raise UsageError(
+                f"gradient_checkpointing is true, but {name} does not support it in transformers: set it to false"
+            )
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
     def forward(self, batch: dict[str, Tensor] | None, function: Callable = lambda *both: both, *arguments):
-        """Return function(hidden (B, S, H), head (V, H), *arguments) for the `input_ids` and `position_ids` (B, S).
+        """Return function(hidden (B, S, H), head (V, H), *arguments) for a batch of `kdkit.data.collate`.
 
         Without a batch, return function(self, *arguments): for a check that has to read parameters.
         """
@@ -62,9 +71,16 @@ class BodyAndHead(nn.Module):
 
     def body(self, batch: dict[str, Tensor]):
         """Return the output of the model without its head."""
-        # No attention mask: transformers derives one from the position ids, which keeps packed documents apart.
-        positions = {"position_ids": batch["position_ids"]} if self.packs else {}
-        return self.decoder(input_ids=batch["input_ids"], use_cache=False, **positions)
+        # No attention mask: transformers derives one from the position ids, which keeps packed documents apart. Only
+        # flash attention has to be told where documents start, or it takes a batch of several rows as unpacked.
+        boundaries = {}
+        if self.packs:
+            boundaries["position_ids"] = batch["position_ids"]
+            if "flash" in self.model.config._attn_implementation:
+                starts, longest = batch["cu_seq_lens"], batch["max_length"]
+                boundaries |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+                boundaries |= {"max_length_q": longest, "max_length_k": longest}
+        return self.decoder(input_ids=batch["input_ids"], use_cache=False, **boundaries)
 
     def with_bias(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return hidden states (..., H) and head (V, H) with the scale and the bias of the logits in them.

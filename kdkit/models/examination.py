@@ -51,7 +51,7 @@ def _examine(model: BodyAndHead, role: str, ids: Tensor) -> None:
     """`ids`: (3 L,), all different."""
     first, second, third = ids.view(3, -1)  # documents of L tokens
     # flash attention has no fp32: it then runs as in training
-    flash = "flash" in str(getattr(model.model.config, "_attn_implementation", ""))
+    flash = "flash" in model.model.config._attn_implementation
     with torch.autocast(ids.device.type, enabled=flash and torch.is_autocast_enabled(ids.device.type)):
         error = None
         for model.packs in (True, False):
@@ -96,8 +96,11 @@ def _fault(model: BodyAndHead, alone: Tensor, first: Tensor, second: Tensor, thi
 
 def _body(model: BodyAndHead, ids: Tensor, length: int | None = None):
     """Run the model without its head on rows of documents of `length` tokens (None: of one document)."""
-    positions = torch.arange(ids.shape[1], device=ids.device) % (length or ids.shape[1])
-    return model.body({"input_ids": ids, "position_ids": positions.expand_as(ids)})
+    length = length or ids.shape[1]
+    positions = torch.arange(ids.shape[1], device=ids.device) % length
+    starts = torch.arange(0, ids.numel() + 1, length, dtype=torch.int32, device=ids.device)
+    batch = {"input_ids": ids, "position_ids": positions.expand_as(ids), "cu_seq_lens": starts, "max_length": length}
+    return model.body(batch)
 
 
 def _differ(a: Tensor, b: Tensor, limit: float) -> bool:

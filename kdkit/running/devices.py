@@ -5,7 +5,12 @@ import os
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    parse_flag_from_env,
+)
 
 from kdkit.config import UsageError
 
@@ -15,6 +20,8 @@ def start_accelerator() -> Accelerator:
 
     Raises a UsageError if the launcher asked for something that kdkit does not support, or that did not start.
     """
+    if parse_flag_from_env("ACCELERATE_USE_CPU") and not torch.cuda.is_initialized():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or FSDP and NCCL would still choose the GPU
     asked_processes, asked_fsdp = int(os.environ.get("WORLD_SIZE", "1")), parse_flag_from_env("ACCELERATE_USE_FSDP")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     on_cpu = device is None or device.type == "mps"  # Apple's GPU cannot join a process group
@@ -30,7 +37,11 @@ def start_accelerator() -> Accelerator:
         _start_cpu_processes(asked_fsdp)
     # the training loop divides by the tokens of the step: accelerate must not divide again
     accumulation = GradientAccumulationPlugin(num_steps=1)
-    accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_plugin=accumulation)
+    # without it, DDP keeps a second copy of the gradients
+    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    accelerator = Accelerator(
+        mixed_precision=precision, gradient_accumulation_plugin=accumulation, kwargs_handlers=[buckets]
+    )
     is_fsdp = accelerator.distributed_type == DistributedType.FSDP
     if accelerator.num_processes != asked_processes or (asked_fsdp and not is_fsdp):
         raise UsageError(
@@ -41,10 +52,14 @@ def start_accelerator() -> Accelerator:
     plugin = accelerator.state.fsdp_plugin if is_fsdp else None
     if plugin and plugin.fsdp_version != 2:
         raise UsageError(f"fsdp_version is {plugin.fsdp_version}, expected 2: set it in accelerate's configuration")
-    if plugin and precision == "bf16":  # by default accelerate sums gradients over ranks in bf16
+    if plugin and precision == "bf16":
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+        # By default accelerate sums gradients over ranks in bf16, and rounds the student's arguments to bf16, among
+        # which are the teacher's targets.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     return accelerator
 
 
