@@ -217,6 +217,11 @@ PROBE = """
     batch = {"input_ids": torch.arange(32)[None], "position_ids": torch.arange(32)[None]}
     student(batch, lambda hidden, head: (hidden @ head.T).float().logsumexp(-1).sum()).backward()
     teacher(batch)
+    # targets are not rounded to bf16 on their way into the sharded student, and autocast is on there
+    targets = torch.full((32,), 1.001)
+    inside = lambda hidden, head, targets: (targets.clone(), head.dtype)
+    received, dtype = student(batch, inside, targets)
+    assert torch.equal(received, targets) and dtype == torch.bfloat16, (received, dtype)
     for name, module in (("teacher", teacher), ("student", student)):
         for layer in module.modules():  # what the root keeps gathered after its forward goes when it is told to
             if hasattr(layer, "reshard"):
