@@ -124,6 +124,18 @@ class LossFields:
 
 
 @dataclass
+class OnPolicyFields:
+    """on-policy: learning on text that the student writes itself"""
+
+    on_policy: float = 0.0
+    """The share of steps on the student's own text, which continues the prompts of the data: from 0 (none) to 1."""
+    max_new_tokens: int = 128
+    """The largest number of tokens that the student writes after a prompt."""
+    eval_own_text: bool | None = may_change(None)
+    """Evaluate on the student's own text, too: eval/own_kl. None does so if on_policy is above 0."""
+
+
+@dataclass
 class OptimizationFields:
     """optimization: batches, steps and the learning rate"""
 
@@ -176,7 +188,7 @@ class RunFields:
 
 
 @dataclass
-class DistillConfig(RunFields, OptimizationFields, LossFields, DataFields, ModelFields):
+class DistillConfig(RunFields, OptimizationFields, OnPolicyFields, LossFields, DataFields, ModelFields):
     """Distil a large causal language model (the teacher) into a small one (the student)."""
 
     def __post_init__(self):
@@ -196,6 +208,14 @@ class DistillConfig(RunFields, OptimizationFields, LossFields, DataFields, Model
         check(self.learning_rate is None or self.learning_rate > 0, "learning_rate", "a number above 0, or null")
         check(self.max_length >= 2, "max_length", "at least 2")
         check(self.targets == "online" or self.targets_dir, "targets_dir", f"a folder, as targets is {self.targets}")
+        check(0 <= self.on_policy <= 1, "on_policy", "the share of steps on the student's own text, from 0 to 1")
+        if self.writes_own_text:
+            check(self.targets == "online", "targets", "online with own text, which is written during the run")
+            check(self.packing is not True, "packing", "false or null with own text, since a row is one prompt")
+            longest = self.max_length - 1
+            check(1 <= self.max_new_tokens <= longest, "max_new_tokens", f"1 to {longest}, less than max_length")
+        if self.on_policy > 0:
+            check(self.alpha == 0, "alpha", "0 with on_policy: own text has no labels that are worth learning")
         for name in ("batch_size", "gradient_accumulation_steps", "logging_steps", "keep_checkpoints", "top_k"):
             check(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_steps", "eval_steps", "save_steps", "max_train_tokens", "max_eval_tokens", "num_proc"):
@@ -203,6 +223,11 @@ class DistillConfig(RunFields, OptimizationFields, LossFields, DataFields, Model
         if self.streaming:
             for name in ("max_train_tokens", "max_eval_tokens"):
                 check(getattr(self, name) is not None, name, "a number with streaming: it limits what is read")
+
+    @property
+    def writes_own_text(self) -> bool:
+        """Whether the student writes text in this run: to learn or to be evaluated on."""
+        return self.on_policy > 0 or bool(self.eval_own_text)
 
     @property
     def student_is_pretrained(self) -> bool:
@@ -232,7 +257,7 @@ class DistillConfig(RunFields, OptimizationFields, LossFields, DataFields, Model
         return {**dataclasses.asdict(self), "learning_rate": self.peak_learning_rate}
 
 
-GROUPS = DistillConfig.__mro__[1:-1][::-1]  # the five classes above, in their order
+GROUPS = DistillConfig.__mro__[1:-1][::-1]  # the classes above, in their order
 FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
 REMOVED = {  # fields of earlier versions: the default they had, and what replaces them
     "export_dtype": ("float32", "final/ has float32 weights; load them with dtype=torch.bfloat16"),

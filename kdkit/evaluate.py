@@ -104,7 +104,8 @@ def evaluate(
     if accelerator:
         sums = accelerator.reduce(sums, "sum")
     *totals, num_items = sums.tolist()
-    ce, teacher_ce, divergence, kl, agreement, acceptance = (total / num_items for total in totals)
+    means = (total / (num_items or math.nan) for total in totals)
+    ce, teacher_ce, divergence, kl, agreement, acceptance = means
     return {
         "eval/loss": config.alpha * ce + (1 - config.alpha) * divergence,
         "eval/ce_loss": ce,

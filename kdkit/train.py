@@ -23,6 +23,7 @@ from .evaluate import check_copy, describe_metrics, evaluate, evaluation_batches
 from .fused import fused_kd_loss, should_compile
 from .losses import KDLoss, dense_kd_loss
 from .models import BodyAndHead, check_models, check_pair, examine, load_student, load_tokenizer
+from .on_policy import OwnText, own_text_metrics
 from .running.checkpoint import export, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
 from .running.devices import clip_gradients, leave_processes, start_accelerator
 from .running.nonfinite import stop_if_not_finite
@@ -188,6 +189,12 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
     tracker = Tracker(config, step=start, enabled=accelerator.is_main_process, watch=watch)
     accelerator.print(f"teacher  {teacher.placement}\n{tracker.where}")
 
+    writer = None
+    if config.writes_own_text:
+        contexts = [model.context for model in (teacher, model) if model.context]
+        writer = OwnText(config, tokenizer, pair.eos_token_ids, pair.vocab_size, "texts" in str(train_rows.counts["kind"]),
+                         min(contexts, default=None), accelerator)  # fmt: skip
+
     def measure(step: int) -> None:
         metrics = evaluate(student, teacher, eval_rows, config, pad_token_id=tokenizer.pad_token_id,
                            vocab_size=pair.vocab_size, accelerator=accelerator)  # fmt: skip
@@ -195,6 +202,8 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
         stop_if_not_finite("the evaluation after step", metrics, batches, step, config, tokenizer, accelerator)
         if step == 0:
             check_copy(metrics, config)
+        if writer and config.eval_own_text is not False:
+            metrics |= own_text_metrics(writer, student, teacher, eval_rows)
         tracker.log_evaluation(metrics, step=step, epoch=step / steps.steps_per_epoch)
         if accelerator.is_main_process:
             tqdm.write(describe_metrics(metrics, step))
@@ -205,7 +214,9 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
     tokens, since = 0, time.perf_counter()
     progress = tqdm(initial=start, total=len(steps), unit="step", disable=not accelerator.is_main_process)
     for step, micro_batches in enumerate(steps.prefetched(start), start + 1):
-        is_last = step == len(steps)
+        is_last, own = step == len(steps), {}
+        if writer:  # on-policy: the student's own text in the place of the data's, in some steps
+            micro_batches, own = writer.take(student, steps, micro_batches, step)
         local_losses, num_items = train_step(student, targets_from, micro_batches, loss_function, accelerator)
         grad_norm = clip_gradients(student, config.max_grad_norm, accelerator)  # the norm before clipping
         loss, ce_loss, kl_loss = accelerator.reduce(local_losses, "sum")
@@ -225,9 +236,11 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
             speed = int(tokens) / (time.perf_counter() - since)
             tracker.log_training(
                 loss=float(loss), ce_loss=float(ce_loss), kl_loss=float(kl_loss), learning_rate=rate,
-                grad_norm=float(grad_norm), tokens_per_second=speed, step=step, epoch=step / steps.steps_per_epoch,
+                grad_norm=float(grad_norm), tokens_per_second=speed, **own, step=step,
+                epoch=step / steps.steps_per_epoch,
             )  # fmt: skip
-            progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+            writing = f", {own['writing_time']:.0%} of the time writing" if own else ""
+            progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s{writing}")
             tokens, since = 0, time.perf_counter()
         if evaluates:
             measure(step)

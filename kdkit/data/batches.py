@@ -160,8 +160,10 @@ def settle_packing(
 
 
 def _packing(config: DistillConfig) -> bool | None:
-    """Return the field `packing`; where it is None, that of the rows of the stored targets, if there are any."""
+    """Return the field `packing`; where it is None, what stored targets or on-policy distillation need, if either."""
     path = Path(config.targets_dir or "", "targets.json")
+    if config.packing is None and config.writes_own_text:  # each row is one prompt
+        return False
     if config.packing is not None or config.targets == "online" or not path.is_file():
         return config.packing
     return json.loads(path.read_text(encoding="utf-8"))["made_for"]["packing"]
@@ -299,13 +301,17 @@ class Steps:
         micro_batches = []
         for start in range(0, len(step_rows), on_all_ranks):
             indices = step_rows[start : start + on_all_ranks][self.rank :: self.num_ranks]
-            rows = [self.rows[index] for index in indices] or [empty_row(self.pad_token_id)]
-            length = max(len(row["labels"]) for row in rows)
-            if self.on_gpu:  # kernels are fast at multiples of 64, and a compiler sees fewer shapes
-                length = min(math.ceil(length / 64) * 64, self.max_length)
-            batch = collate(rows, self.pad_token_id, length, pin_memory=self.on_gpu)
-            micro_batches.append({**batch, "row_ids": indices})
+            rows = [self.rows[index] for index in indices]
+            micro_batches.append({**self.collate(rows), "row_ids": indices})
         return micro_batches
+
+    def collate(self, rows: Sequence[dict]) -> dict:
+        """Return a micro-batch of these rows, or of padding if there are none."""
+        rows = rows or [empty_row(self.pad_token_id)]
+        length = max(len(row["labels"]) for row in rows)
+        if self.on_gpu:  # kernels are fast at multiples of 64, and a compiler sees fewer shapes
+            length = min(math.ceil(length / 64) * 64, self.max_length)
+        return collate(rows, self.pad_token_id, length, pin_memory=self.on_gpu)
 
     def prefetched(self, start: int) -> Iterator[list[dict]]:
         """Yield the steps from `start` on. Each is made while the one before is computed."""

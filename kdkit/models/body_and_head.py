@@ -69,6 +69,10 @@ class BodyAndHead(nn.Module):
             return function(self, *arguments)
         return function(*self.with_bias(self.body(batch).last_hidden_state), *arguments)
 
+    def generate(self, **arguments) -> Tensor:
+        """Write tokens: see `kdkit.on_policy`."""
+        return self.model.generate(**arguments)
+
     def body(self, batch: dict[str, Tensor]):
         """Return the output of the model without its head."""
         # No attention mask: transformers derives one from the position ids, which keeps packed documents apart. Only

@@ -13,6 +13,7 @@ class Pair(NamedTuple):
     """The result of `check_pair`: the number of entries that both heads have, and lines to print."""
 
     vocab_size: int
+    eos_token_ids: list[int]
     report: list[str]
 
 
@@ -49,7 +50,7 @@ def check_pair(config: DistillConfig, teacher, student, tokenizer) -> Pair:
     report = [f"tokenizer: {entries:,} entries, the same for both"]
     if teacher.head_rows != student.head_rows:
         report.append(f"heads: {teacher.head_rows:,} and {student.head_rows:,} rows, both cut to {vocab_size:,}")
-    return Pair(vocab_size, report + _notes(tokenizer, other, student.model))
+    return Pair(vocab_size, [tokenizer.eos_token_id], report + _notes(tokenizer, other, student.model))
 
 
 def _check_same_ids(config: DistillConfig, ours: dict[str, int], theirs: dict[str, int]) -> None:
