@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from jinja2 import TemplateError
 from torch import nn
 
 from kdkit.config import DistillConfig, UsageError
@@ -29,10 +30,10 @@ def check_pair(config: DistillConfig, teacher, student, tokenizer) -> Pair:
     """
     from transformers import AutoTokenizer
 
-    other = tokenizer
+    other, renamed = tokenizer, 0
     if config.student_layers is None and config.student_is_pretrained:
         other = load_pretrained(AutoTokenizer, config.student_model, "student", config)
-        _check_same_ids(config, tokenizer.get_vocab(), other.get_vocab())
+        renamed = _check_same_ids(config, tokenizer, other)
     entries = max(tokenizer.get_vocab().values()) + 1
     teacher, student = wrap(teacher), wrap(student)
     for role, model in (("teacher", teacher), ("student", student)):
@@ -47,21 +48,44 @@ def check_pair(config: DistillConfig, teacher, student, tokenizer) -> Pair:
         model.check_head(role)
     vocab_size = min(teacher.head_rows, student.head_rows)
     report = [f"tokenizer: {entries:,} entries, the same for both"]
+    if renamed:
+        report[0] += f" but for {renamed:,} names of reserved tokens, which are in no text"
     if teacher.head_rows != student.head_rows:
         report.append(f"heads: {teacher.head_rows:,} and {student.head_rows:,} rows, both cut to {vocab_size:,}")
     return Pair(vocab_size, report + _notes(tokenizer, other, student.model))
 
 
-def _check_same_ids(config: DistillConfig, ours: dict[str, int], theirs: dict[str, int]) -> None:
-    differing = sorted(token for token in ours | theirs if ours.get(token) != theirs.get(token))
+def _check_same_ids(config: DistillConfig, tokenizer, other) -> int:
+    """Raise a UsageError if a text has other ids for the student; return how many reserved tokens have another name."""
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    names = {token for token in ours | theirs if ours.get(token) != theirs.get(token)}
+    differing = sorted(names - _reserved(tokenizer) - _reserved(other))
     if not differing:
-        return
+        return len(names)
     examples = ", ".join(f"{token!r} ({ours.get(token)} and {theirs.get(token)})" for token in differing[:3])
     raise UsageError(
         f"teacher {config.teacher_model} and student {config.student_model} have different tokenizers: "
         f"{len(differing):,} tokens have different ids, such as {examples}. Their distributions cannot be compared: "
         "use two models of one family, or cut the student from the teacher with --student_layers"
     )
+
+
+def _reserved(tokenizer) -> set[str]:
+    """Return the special tokens without a purpose: neither a role, such as eos, nor a place in the chat template."""
+    roles = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return {token for token in special - roles if token not in str(tokenizer.chat_template)}
+
+
+def _rendered(tokenizer) -> str | None:
+    """Return a short conversation in the tokenizer's chat template: two templates may differ in their text alone."""
+    if tokenizer.chat_template is None:
+        return None
+    turns = [{"role": role, "content": role.title()} for role in ("user", "assistant", "user")]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError:  # it is not for such conversations
+        return tokenizer.chat_template
 
 
 def _notes(ours, theirs, student: nn.Module) -> list[str]:
@@ -73,8 +97,10 @@ def _notes(ours, theirs, student: nn.Module) -> list[str]:
         first, second = getattr(ours, name), getattr(theirs, name)
         if first != second:
             notes.append(f"note: {name} is {first} for the teacher and {second} for the student: the teacher's is used")
-    if ours.chat_template != theirs.chat_template:
+    if _rendered(ours) != _rendered(theirs):
         notes.append("note: the chat templates differ: the teacher's is used for both")
+    if any(name.endswith("experts") for name, _ in student.named_modules()):
+        notes.append("note: the student has experts: the loss has no term that balances their load")
     # Dropout in the student is allowed, but adds noise to the divergence from the teacher.
     values = student.config.get_text_config().to_dict().items()
     dropout = [f"{name} {value:g}" for name, value in values if "drop" in name and isinstance(value, float) and value]
