@@ -9,6 +9,7 @@ of a tensor are not detected: that would take a checksum, and so a second readin
 import json
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -20,7 +21,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 
 from kdkit.config import FIELDS, DistillConfig, RunStopped, UsageError, read_config
+from kdkit.data import rows_digest
+from kdkit.models import locate, teacher_fingerprint
 from kdkit.running import files
+from kdkit.running.hub import first_line
 
 WRAPPERS = re.compile(r"^module\.|_checkpoint_wrapped_module\.|_orig_mod\.")  # what wrappers add to a parameter's name
 # torch.distributed.checkpoint warns about this at each call in a run on one rank
@@ -112,6 +116,12 @@ def _tensors(accelerator: Accelerator, student, optimizer) -> dict[str, torch.Te
     """The tensors of a checkpoint by name: not copies, so loading into them loads into student and optimizer."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
+    for group in optimizer.optimizer.param_groups:
+        for parameter in group["params"]:  # one without a gradient yet gets the state that its first one would give it
+            if not optimizer.optimizer.state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                step = torch.zeros((), device=parameter.device, dtype=torch.float32)
+                optimizer.optimizer.state[parameter] = {"step": step, **zeros}
     options, names = StateDictOptions(flatten_optimizer_state_dict=True), _unique_names(student)
     model_state, optimizer_state = get_state_dict(student, optimizer.optimizer, options=options)
     tensors = {f"model.{name}": value for name, value in model_state.items() if name in names}
@@ -122,9 +132,28 @@ def _tensors(accelerator: Accelerator, student, optimizer) -> dict[str, torch.Te
     return tensors
 
 
-def save_checkpoint(accelerator: Accelerator, student, optimizer, step: int, config: DistillConfig) -> None:
+def describe_inputs(config: DistillConfig, *splits) -> dict[str, str | None]:
+    """Return hashes of what a run learns from: its rows, and its teacher (None if that is not on this machine)."""
+    return {"dataset": " ".join(map(rows_digest, splits)), "teacher_model": teacher_fingerprint(config)}
+
+
+def check_inputs(path: Path, config: DistillConfig, inputs: dict[str, str | None]) -> None:
+    """Raise a UsageError if a checkpoint was written with other inputs; what one of both does not know may differ."""
+    before = json.loads((path / "trainer.json").read_text()).get("inputs", {})
+    for name, now in inputs.items():
+        if None not in (now, before.get(name)) and now != before[name]:
+            raise UsageError(
+                f"{name} {getattr(config, name)} has changed since {path} was written: restore it, choose another "
+                "--output_dir, or start over with --resume never, which replaces that run"
+            )
+
+
+def save_checkpoint(
+    accelerator: Accelerator, student, optimizer, step: int, config: DistillConfig, inputs: dict | None = None
+) -> None:
     """Write checkpoints/step_{step}, then remove all but the newest `keep_checkpoints`. Called by all ranks.
 
+    `inputs` are those of `describe_inputs`, which a run that resumes must have, too.
     Checkpoints of later steps are removed, too: they belong to an earlier attempt, before this run was resumed.
     Raises RunStopped if the checkpoint cannot be written (a full disk, for example).
     """
@@ -138,7 +167,8 @@ def save_checkpoint(accelerator: Accelerator, student, optimizer, step: int, con
         if accelerator.is_main_process:
             sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
             rows = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-            (folder / "trainer.json").write_text(json.dumps({"step": step, "rows_per_step": rows, "files": sizes}))
+            content = {"step": step, "rows_per_step": rows, "files": sizes, "inputs": inputs or {}}
+            (folder / "trainer.json").write_text(json.dumps(content))
             files.sync(output_dir / "metrics.jsonl")  # steps before the checkpoint are not repeated: keep their lines
             files.sync(output_dir)
 
@@ -199,6 +229,44 @@ def load_checkpoint(accelerator: Accelerator, student, optimizer, path: Path) ->
         if (name := f"rng.{accelerator.process_index}.{device}") in tensors:
             set_state(tensors[name])
     return json.loads((path / "trainer.json").read_text())["step"]
+
+
+def check_export(student, tokenizer, config: DistillConfig) -> None:
+    """Set the ids that end a text in the student's configs, then write and read final/ once, without its weights.
+
+    Called before step 1. Raises a UsageError for what would otherwise make the export fail, or give another model.
+    """
+    from transformers import GenerationConfig
+
+    model, (path, revision) = student.model, locate(config.teacher_model, "teacher")
+    try:
+        ids = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
+    except OSError:  # the teacher has no such file
+        ids = None
+    ids = [tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]
+    ids = [number for number in dict.fromkeys(ids) if number is not None]
+    generation = [model.generation_config] if model.can_generate() else []
+    for settings in (model.config, model.config.get_text_config(), *generation):
+        settings.eos_token_id = ids if len(ids) > 1 else next(iter(ids), None)
+    for settings in generation:
+        try:
+            settings.validate(strict=True)
+        except ValueError:  # a temperature without do_sample, which transformers does not save
+            settings.do_sample = True
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder, state_dict={})
+            tokenizer.save_pretrained(folder)
+            with torch.device("meta"):
+                again = type(model)(type(model.config).from_pretrained(folder))
+        read, expected = ({(name, p.shape) for name, p in m.named_parameters()} for m in (again, model))
+        if read != expected:
+            raise ValueError(f"it would be read with another {min(read ^ expected)[0]}")
+    except Exception as error:  # any: the code of a model and its configs may fail in any way
+        raise UsageError(
+            f"the student could not be saved as {config.output_dir}/final ({first_line(error)}): correct config.json "
+            "and generation_config.json in its folder, or choose another student"
+        ) from error
 
 
 def export(accelerator: Accelerator, student, tokenizer, config: DistillConfig) -> Path:
