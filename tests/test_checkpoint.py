@@ -18,12 +18,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdkit import DistillConfig
 from kdkit.config import UsageError
-from kdkit.models import ASSETS, BodyAndHead, count_parameters, load_student, load_teacher, load_tokenizer
-from kdkit.running.checkpoint import (
+from kdkit.models import (
+    ASSETS,
+    BodyAndHead,
     check_export,
+    count_parameters,
+    describe_inputs,
+    load_student,
+    load_teacher,
+    load_tokenizer,
+)
+from kdkit.running.checkpoint import (
     check_inputs,
     checkpoints,
-    describe_inputs,
     export,
     find_checkpoint,
     save_checkpoint,

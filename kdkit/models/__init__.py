@@ -3,7 +3,7 @@
 
 from kdkit.models.cut import student_from_layers
 from kdkit.models.load import (
-    ASSETS, BodyAndHead, check_models, count_parameters, load_student, load_teacher, load_tokenizer,
-    locate, record_tying, teacher_dtype, teacher_fingerprint, wrap,
+    ASSETS, BodyAndHead, check_models, count_parameters, describe_inputs, load_student, load_teacher, load_tokenizer,
+    record_tying, teacher_dtype, teacher_fingerprint, wrap,
 )  # fmt: skip
-from kdkit.models.pair import Pair, check_pair
+from kdkit.models.pair import Pair, check_export, check_pair

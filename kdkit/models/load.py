@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kdkit.config import DistillConfig, UsageError
+from kdkit.data import rows_digest
 from kdkit.running.hub import explain, loading_errors, split_revision
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -204,6 +205,11 @@ def teacher_fingerprint(config: DistillConfig) -> str | None:
         for start in range(0, len(content), max(2**16, len(content) // 256)):
             digest.update(content[start : start + 2**16])
     return digest.hexdigest()[:16] if files else None
+
+
+def describe_inputs(config: DistillConfig, *splits) -> dict[str, str | None]:
+    """Return hashes of what a run learns from: its rows, and its teacher (None if that is not on this machine)."""
+    return {"dataset": " ".join(map(rows_digest, splits)), "teacher_model": teacher_fingerprint(config)}
 
 
 def teacher_dtype(config: DistillConfig, mixed_precision: str) -> torch.dtype:

@@ -1,12 +1,15 @@
-"""Check, before anything is trained, that a teacher and a student fit each other."""
+"""Check, before anything is trained, that two models fit each other and that the student can be saved."""
 
+import tempfile
 from typing import NamedTuple
 
+import torch
 from jinja2 import TemplateError
 from torch import nn
 
 from kdkit.config import DistillConfig, UsageError
-from kdkit.models.load import load_pretrained, wrap
+from kdkit.models.load import load_pretrained, locate, wrap
+from kdkit.running.hub import first_line
 
 
 class Pair(NamedTuple):
@@ -53,6 +56,44 @@ def check_pair(config: DistillConfig, teacher, student, tokenizer) -> Pair:
     if teacher.head_rows != student.head_rows:
         report.append(f"heads: {teacher.head_rows:,} and {student.head_rows:,} rows, both cut to {vocab_size:,}")
     return Pair(vocab_size, report + _notes(tokenizer, other, student.model))
+
+
+def check_export(student, tokenizer, config: DistillConfig) -> None:
+    """Set the ids that end a text in the student's configs, then write and read final/ once, without its weights.
+
+    Called before step 1. Raises a UsageError for what would otherwise make the export fail, or give another model.
+    """
+    from transformers import GenerationConfig
+
+    model, (path, revision) = student.model, locate(config.teacher_model, "teacher")
+    try:
+        ids = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
+    except OSError:  # the teacher has no such file
+        ids = None
+    ids = [tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]
+    ids = [number for number in dict.fromkeys(ids) if number is not None]
+    generation = [model.generation_config] if model.can_generate() else []
+    for settings in (model.config, model.config.get_text_config(), *generation):
+        settings.eos_token_id = ids if len(ids) > 1 else next(iter(ids), None)
+    for settings in generation:
+        try:
+            settings.validate(strict=True)
+        except ValueError:  # a temperature without do_sample, which transformers does not save
+            settings.do_sample = True
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder, state_dict={})
+            tokenizer.save_pretrained(folder)
+            with torch.device("meta"):
+                again = type(model)(type(model.config).from_pretrained(folder))
+        read, expected = ({(name, p.shape) for name, p in m.named_parameters()} for m in (again, model))
+        if read != expected:
+            raise ValueError(f"it would be read with another {min(read ^ expected)[0]}")
+    except Exception as error:  # any: the code of a model and its configs may fail in any way
+        raise UsageError(
+            f"the student could not be saved as {config.output_dir}/final ({first_line(error)}): correct config.json "
+            "and generation_config.json in its folder, or choose another student"
+        ) from error
 
 
 def _check_same_ids(config: DistillConfig, tokenizer, other) -> int:

@@ -9,7 +9,6 @@ of a tensor are not detected: that would take a checksum, and so a second readin
 import json
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -21,10 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 
 from kdkit.config import FIELDS, DistillConfig, RunStopped, UsageError, read_config
-from kdkit.data import rows_digest
-from kdkit.models import locate, teacher_fingerprint
 from kdkit.running import files
-from kdkit.running.hub import first_line
 
 WRAPPERS = re.compile(r"^module\.|_checkpoint_wrapped_module\.|_orig_mod\.")  # what wrappers add to a parameter's name
 # torch.distributed.checkpoint warns about this at each call in a run on one rank
@@ -132,11 +128,6 @@ def _tensors(accelerator: Accelerator, student, optimizer) -> dict[str, torch.Te
     return tensors
 
 
-def describe_inputs(config: DistillConfig, *splits) -> dict[str, str | None]:
-    """Return hashes of what a run learns from: its rows, and its teacher (None if that is not on this machine)."""
-    return {"dataset": " ".join(map(rows_digest, splits)), "teacher_model": teacher_fingerprint(config)}
-
-
 def check_inputs(path: Path, config: DistillConfig, inputs: dict[str, str | None]) -> None:
     """Raise a UsageError if a checkpoint was written with other inputs; what one of both does not know may differ."""
     before = json.loads((path / "trainer.json").read_text()).get("inputs", {})
@@ -229,44 +220,6 @@ def load_checkpoint(accelerator: Accelerator, student, optimizer, path: Path) ->
         if (name := f"rng.{accelerator.process_index}.{device}") in tensors:
             set_state(tensors[name])
     return json.loads((path / "trainer.json").read_text())["step"]
-
-
-def check_export(student, tokenizer, config: DistillConfig) -> None:
-    """Set the ids that end a text in the student's configs, then write and read final/ once, without its weights.
-
-    Called before step 1. Raises a UsageError for what would otherwise make the export fail, or give another model.
-    """
-    from transformers import GenerationConfig
-
-    model, (path, revision) = student.model, locate(config.teacher_model, "teacher")
-    try:
-        ids = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
-    except OSError:  # the teacher has no such file
-        ids = None
-    ids = [tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]
-    ids = [number for number in dict.fromkeys(ids) if number is not None]
-    generation = [model.generation_config] if model.can_generate() else []
-    for settings in (model.config, model.config.get_text_config(), *generation):
-        settings.eos_token_id = ids if len(ids) > 1 else next(iter(ids), None)
-    for settings in generation:
-        try:
-            settings.validate(strict=True)
-        except ValueError:  # a temperature without do_sample, which transformers does not save
-            settings.do_sample = True
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder, state_dict={})
-            tokenizer.save_pretrained(folder)
-            with torch.device("meta"):
-                again = type(model)(type(model.config).from_pretrained(folder))
-        read, expected = ({(name, p.shape) for name, p in m.named_parameters()} for m in (again, model))
-        if read != expected:
-            raise ValueError(f"it would be read with another {min(read ^ expected)[0]}")
-    except Exception as error:  # any: the code of a model and its configs may fail in any way
-        raise UsageError(
-            f"the student could not be saved as {config.output_dir}/final ({first_line(error)}): correct config.json "
-            "and generation_config.json in its folder, or choose another student"
-        ) from error
 
 
 def export(accelerator: Accelerator, student, tokenizer, config: DistillConfig) -> Path:
