@@ -29,7 +29,7 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
     The prompt is by default the start of a held-out document. Returns a table and the samples, as text. Raises a
     UsageError if a folder has no finished run, or if the runs differ in their teacher or held-out text.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     configs = _read_configs(run_dirs)
     first = configs[run_dirs[0]]
@@ -46,7 +46,9 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
         if run:
             model = AutoModelForCausalLM.from_pretrained(Path(run) / "final", dtype=torch.float32).eval().to(device)
             name = f"student, {'CE only' if config.alpha == 1 else 'distilled'}: {run}"
-        metrics = evaluate(model, teacher, rows, config, pad_token_id=tokenizer.pad_token_id)
+        # the entries that both heads have, as in training; the teacher's own line uses those of the first run
+        vocab_size = AutoConfig.from_pretrained(Path(run or run_dirs[0]) / "final").get_text_config().vocab_size
+        metrics = evaluate(model, teacher, rows, config, pad_token_id=tokenizer.pad_token_id, vocab_size=vocab_size)
         values = [pattern.format(metrics[key]) for key, pattern in COLUMNS.values()]
         lines.append([name, f"{count_parameters(model) / 1e6:.2f} M", *values])
         ids = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)

@@ -131,7 +131,7 @@ class OnPolicyFields:
     """The share of steps on the student's own text, which continues the prompts of the data: from 0 (none) to 1."""
     max_new_tokens: int = 128
     """The largest number of tokens that the student writes after a prompt."""
-    eval_own_text: bool | None = may_change(None)
+    eval_own_text: bool | None = None
     """Evaluate on the student's own text, too: eval/own_kl. None does so if on_policy is above 0."""
 
 

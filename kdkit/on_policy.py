@@ -46,7 +46,7 @@ class OwnText:
     """Writes rows: `own_text.rows(student, rows, row_ids, step)`.
 
     Args:
-        eos_token_ids: all ids that end a text, of the tokenizer and of the teacher.
+        eos_token_id: the id that ends a text, or all of them.
         vocab_size: the entries that both heads have; others belong to no token, and are not drawn.
         texts: whether the rows are texts, whose prompt is their beginning, and not conversations.
         context: the largest number of positions of both models; None is unlimited.
@@ -56,7 +56,7 @@ class OwnText:
     """
 
     def __init__(
-        self, config: DistillConfig, tokenizer, eos_token_ids: list[int], vocab_size: int, texts: bool,
+        self, config: DistillConfig, tokenizer, eos_token_id: int | list[int], vocab_size: int, texts: bool,
         context: int | None, accelerator: Accelerator,
     ):  # fmt: skip
         longest = config.max_length + config.max_new_tokens
@@ -66,12 +66,13 @@ class OwnText:
                 "make one of them smaller"
             )
         self.config, self.texts, self.accelerator, self.vocab_size = config, texts, accelerator, vocab_size
-        self.pad_token_id, self.eos_token_ids = tokenizer.pad_token_id, eos_token_ids
+        self.pad_token_id = tokenizer.pad_token_id
+        self.eos_token_ids = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
         self.seconds, self.since = 0.0, time.perf_counter()
         # nothing of the student's own generation config: it may contain a top_k, a temperature or a penalty
         self.generation_config = GenerationConfig(
             max_new_tokens=config.max_new_tokens, do_sample=False, use_cache=True,
-            pad_token_id=self.pad_token_id, eos_token_id=eos_token_ids,
+            pad_token_id=self.pad_token_id, eos_token_id=self.eos_token_ids,
         )  # fmt: skip
 
     def prompt(self, row: dict) -> list[int]:

@@ -22,13 +22,15 @@ from .data import Steps, count_tokens, describe_rows, load_rows, settle_packing
 from .evaluate import check_copy, describe_metrics, evaluate, evaluation_batches
 from .fused import fused_kd_loss, should_compile
 from .losses import KDLoss, dense_kd_loss
-from .models import BodyAndHead, check_models, check_pair, examine, load_student, load_tokenizer
+from .models import BodyAndHead, check_export, check_models, check_pair, examine, load_student, load_tokenizer
 from .on_policy import OwnText, own_text_metrics
-from .running.checkpoint import export, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
+from kdkit.running.checkpoint import (
+    check_inputs, export, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
+)
 from .running.devices import clip_gradients, leave_processes, start_accelerator
 from .running.nonfinite import stop_if_not_finite
 from .running.tracking import Tracker
-from .teachers import open_teacher
+from .teachers import describe_inputs, open_teacher
 
 # %% ../notebooks/03_train.ipynb #9be0efeb
 def load(config: DistillConfig, accelerator: Accelerator) -> tuple:
@@ -41,6 +43,7 @@ def load(config: DistillConfig, accelerator: Accelerator) -> tuple:
     if config.gradient_checkpointing:
         student.recompute_activations()
     pair = check_pair(config, teacher, student, tokenizer)
+    check_export(student, tokenizer, config)  # what would fail after the training fails now
     return tokenizer, rows, teacher, student, pair
 
 
@@ -175,6 +178,9 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
     student, optimizer = accelerator.prepare(student, optimizer)
     teacher.place(accelerator, config.teacher_placement)
     train_rows, eval_rows = examine_models(config, accelerator, tokenizer, rows, teacher, student, pair)
+    inputs = describe_inputs(config, train_rows, eval_rows)
+    if checkpoint:
+        check_inputs(checkpoint, config, inputs)
     ranks = accelerator.process_index, accelerator.num_processes
     steps = Steps(train_rows, config, tokenizer.pad_token_id, *ranks, on_gpu=accelerator.device.type == "cuda")
     model = accelerator.unwrap_model(student)
@@ -192,7 +198,8 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
     writer = None
     if config.writes_own_text:
         contexts = [model.context for model in (teacher, model) if model.context]
-        writer = OwnText(config, tokenizer, pair.eos_token_ids, pair.vocab_size, "texts" in str(train_rows.counts["kind"]),
+        texts = "texts" in str(train_rows.counts["kind"])
+        writer = OwnText(config, tokenizer, model.model.config.eos_token_id, pair.vocab_size, texts,
                          min(contexts, default=None), accelerator)  # fmt: skip
 
     def measure(step: int) -> None:
@@ -245,7 +252,7 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
         if evaluates:
             measure(step)
         if saves:  # after the evaluation: a resumed run would not repeat it
-            save_checkpoint(accelerator, student, optimizer, step, config)
+            save_checkpoint(accelerator, student, optimizer, step, config, inputs)
         if evaluates or saves:
             tokens, since = 0, time.perf_counter()
 

@@ -18,10 +18,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdkit import DistillConfig
 from kdkit.config import UsageError
-from kdkit.models import count_parameters
-from kdkit.running.checkpoint import checkpoints, find_checkpoint
+from kdkit.models import (
+    ASSETS,
+    BodyAndHead,
+    check_export,
+    count_parameters,
+    load_student,
+    load_teacher,
+    load_tokenizer,
+)
+from kdkit.running.checkpoint import (
+    check_inputs,
+    checkpoints,
+    export,
+    find_checkpoint,
+    save_checkpoint,
+)
 from kdkit.running.devices import start_accelerator
 from kdkit.running.tracking import read_metrics
+from kdkit.teachers import describe_inputs
 from kdkit.train import main, train
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -139,7 +154,7 @@ FREE = {"output_dir", "resume", "logging_steps", "eval_steps", "save_steps", "ke
 
 
 def test_each_field_that_is_not_free_is_refused_by_name_on_resume(small):
-    config = small(max_steps=1, packing=False, targets_dir="stored")
+    config = small(max_steps=1, packing=False, targets_dir="stored", max_new_tokens=8)
     train(config)
     for name in set(FIELDS) - FREE:
         with pytest.raises(UsageError, match=rf"another configuration: {name} was .*, is [^;]*\. Choose.*resume never"):
@@ -213,6 +228,107 @@ def test_final_is_loaded_by_transformers_with_the_trained_weights(small, tmp_pat
     assert yaml.safe_load((Path(config.output_dir) / "config.yaml").read_text())["student_model"] == folder
     for path in Path(config.output_dir).rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644), path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a student and a tokenizer."""
+    return shutil.copytree(ASSETS / "embedded_teacher", tmp_path / "model")
+
+
+def exported(config):
+    """Export the student of a configuration without training it. Returns it, and it as it is read again."""
+    accelerator, tokenizer = start_accelerator(), load_tokenizer(config)
+    student = load_student(config, load_teacher(config.teacher_model, torch.float32)).eval()
+    check_export(BodyAndHead(student), tokenizer, config)
+    return student, AutoModelForCausalLM.from_pretrained(export(accelerator, BodyAndHead(student), tokenizer, config))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_final_gives_the_logits_in_memory_also_with_a_head_that_the_config_calls_tied(small, folder, cut):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = 2 * tensors["model.embed_tokens.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    fields = {"teacher_model": str(folder), "student_layers": 2} if cut else {"student_model": str(folder)}
+    student, again = exported(small(**fields))
+    ids = torch.arange(20, 60)[None]
+    assert not again.config.tie_word_embeddings
+    torch.testing.assert_close(again(ids).logits, student(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_generation_of_the_student_stops_where_the_teachers_does(small, folder, tmp_path, cut):
+    teacher = shutil.copytree(folder, tmp_path / "teacher")
+    given = {"eos_token_id": [1, 7], "do_sample": False, "temperature": 0.6}  # which transformers does not save
+    (teacher / "generation_config.json").write_text(json.dumps(given))
+    (folder / "generation_config.json").write_text(json.dumps({**given, "eos_token_id": 5}))
+    fields = {"student_layers": 2} if cut else {"student_model": str(folder)}
+    _, again = exported(small(teacher_model=str(teacher), **fields))
+    assert again.config.eos_token_id == again.generation_config.eos_token_id == [1, 7]
+    assert again.generation_config.do_sample and again.generation_config.temperature == 0.6
+    again.lm_head.weight.data.zero_()
+    again.lm_head.weight.data[7] = 1  # the likeliest token ends the text, or the one with id 0 does not
+    bias = torch.zeros(1024).index_fill_(0, torch.tensor(7), 9.0)
+    again.lm_head.register_forward_hook(lambda module, args, output: output + 99 * bias)
+    assert again.generate(torch.tensor([[3]]), max_new_tokens=9).tolist() == [[3, 7]]
+
+
+def test_student_that_cannot_be_exported_is_refused_before_it_is_trained(small):
+    config, tokenizer = small(), load_tokenizer(small())
+    student = load_student(config, None)
+    for change in ({"tie_word_embeddings": not student.config.tie_word_embeddings}, {"num_hidden_layers": 1}):
+        broken = BodyAndHead(load_student(config, None))
+        broken.model.config.update(change)
+        with pytest.raises(UsageError, match=r"the student could not be saved as .*another"):
+            check_export(broken, tokenizer, config)
+    student.generation_config.num_return_sequences = -1
+    student.generation_config.max_new_tokens = -1
+    with pytest.raises(UsageError, match=r"the student could not be saved as .*generation_config"):
+        check_export(BodyAndHead(student), tokenizer, config)
+
+
+def test_inputs_that_changed_are_named_and_a_checkpoint_without_them_is_accepted(small, tmp_path, folder):
+    config = small(teacher_model=str(folder), output_dir=str(tmp_path / "run"))
+    rows = [{"input_ids": [i], "labels": [i], "position_ids": [0]} for i in range(4)]
+    inputs = describe_inputs(config, rows[:3], rows[3:])
+    assert inputs == describe_inputs(config, rows[:3], rows[3:])
+    accelerator, student = start_accelerator(), BodyAndHead(load_student(small(), None))
+    student, optimizer = accelerator.prepare(student, torch.optim.AdamW(student.parameters()))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    save_checkpoint(accelerator, student, optimizer, 1, config, inputs)
+    (path,) = checkpoints(config.output_dir)
+    check_inputs(path, config, inputs)
+    check_inputs(path, config, {**inputs, "teacher_model": None})  # its weights are not on this machine
+    with pytest.raises(UsageError, match=r"^dataset embedded has changed since .*step_00000001.*--resume never"):
+        check_inputs(path, config, describe_inputs(config, rows, rows[3:]))
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    with pytest.raises(UsageError, match=r"^teacher_model .*model has changed"):
+        check_inputs(path, config, describe_inputs(config, rows[:3], rows[3:]))
+    state = json.loads((path / "trainer.json").read_text())
+    (path / "trainer.json").write_text(json.dumps({k: v for k, v in state.items() if k != "inputs"}))
+    check_inputs(path, config, describe_inputs(config, rows))
+
+
+def test_parameter_without_a_gradient_does_not_prevent_a_resume(small, tmp_path, monkeypatch):
+    def with_unused(config, teacher):
+        student = load_student(config, teacher)
+        student.model.layers[0].unused = torch.nn.Linear(3, 3)
+        return student
+
+    monkeypatch.setattr("kdkit.train.load_student", with_unused)
+    monkeypatch.setattr("kdkit.train.check_export", lambda *_: None, raising=False)  # its config has no such part
+    monkeypatch.setattr("kdkit.train.export", lambda accelerator, student, *_: kept.append(student.state_dict()))
+    kept, complete, parts = (
+        [],
+        small(max_steps=4, save_steps=2),
+        small(max_steps=4, save_steps=2, output_dir=str(tmp_path / "parts")),
+    )
+    train(complete)
+    with pytest.raises(Cut):
+        train(parts, watch=cut_after(3))
+    train(parts)
+    torch.testing.assert_close(kept[1], kept[0], rtol=0, atol=0)
 
 
 # --- kills and damage

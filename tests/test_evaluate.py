@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -129,6 +130,25 @@ def test_comparison_prints_the_logged_metrics_and_writes_curves(small, tmp_path,
     last = json.loads((tmp_path / "kd" / "metrics.jsonl").read_text().splitlines()[-1])
     row = next(line for line in printed.splitlines() if "distilled" in line)
     assert f"{last['eval/ce_loss']:.3f}" in row and f"{last['eval/kl_t1']:.3f}" in row
+
+
+@pytest.mark.parametrize("sizes", [(1100, 1060), (1060, 1100)])
+def test_comparison_of_heads_of_two_sizes_gives_the_logged_numbers(small, tmp_path, sizes):
+    """Both are cut to the smaller one, as in training: also for the teacher, whose other entries are likely here."""
+    for role, size in zip(("teacher", "student"), sizes, strict=True):
+        shutil.copytree(ASSETS / "embedded_teacher", tmp_path / role)
+        model = load_teacher(dtype=torch.float32)
+        model.resize_token_embeddings(size, mean_resizing=False)
+        model.get_output_embeddings().weight.data[1060:].normal_()
+        model.save_pretrained(tmp_path / role)
+    config = small(
+        teacher_model=str(tmp_path / "teacher"), student_model=str(tmp_path / "student"), max_steps=1,
+        teacher_dtype="float32",
+    )  # fmt: skip
+    last = train(config)[-1]
+    table = compare([config.output_dir])
+    numbers = [line.split(" M ")[1].split()[0] for line in table.splitlines() if " M " in line]
+    assert numbers == [f"{last['eval/teacher_ce_loss']:.3f}", f"{last['eval/ce_loss']:.3f}"]
 
 
 def test_comparison_of_a_folder_without_a_run_names_the_missing_file(tmp_path):

@@ -7,7 +7,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
+    DiffLlamaConfig,
+    GPTNeoConfig,
+    Mamba2Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 
 from kdkit.config import UsageError
 from kdkit.models import (
@@ -66,6 +77,68 @@ def test_student_of_layers_has_the_teachers_weights_and_ties(layers, kept):
 def test_layers_that_do_not_exist_are_named(layers):
     with pytest.raises(UsageError, match="student_layers is"):
         student_from_layers(load_teacher(), layers)
+
+
+SMALL = {"vocab_size": 1024, "hidden_size": 32, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+LAYERS = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 32}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+FAMILIES = {  # their layers differ in kind, by several fields of their configs
+    "smollm3": SmolLM3Config(**SMALL, **LAYERS, no_rope_layer_interval=2),
+    "gpt_neo": GPTNeoConfig(**SMALL, num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]]),
+    "qwen3_moe": Qwen3MoeConfig(**SMALL, **LAYERS, **EXPERTS, num_experts=4, head_dim=8, mlp_only_layers=[1]),
+    "deepseek_v3": DeepseekV3Config(
+        **SMALL, **LAYERS, **EXPERTS, first_k_dense_replace=2, n_routed_experts=4, n_group=1, topk_group=1,
+        q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    ),
+    "mamba2": Mamba2Config(
+        **SMALL, num_hidden_layers=4, state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=16
+    ),
+}  # fmt: skip
+
+
+def random_model(config):
+    """A model whose attention is far from uniform, as that of a trained one is."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            parameter.data.mul_(20)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_student_of_layers_is_the_teacher_with_the_others_skipped_also_when_read_again(family, tmp_path):
+    teacher = random_model(FAMILIES[family])
+    student = student_from_layers(teacher, [1, 2]).eval()
+    student.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(3, 43)[None]
+    (blocks,) = [m for m in teacher.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4 and m[0]._modules]
+    for index in (0, 3):
+        blocks[index].forward = lambda x, *_, **__: (x, None) if family == "gpt_neo" else x
+    for model in (student, again):
+        torch.testing.assert_close(model(ids).logits, teacher(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields, named", [({}, "lambda_init"), ({"cut_wrongly": True}, "its logits would differ")])
+def test_teacher_that_cannot_be_cut_is_refused_in_one_line(monkeypatch, fields, named):
+    """By a setting that depends on the index of the layer, and by its logits."""
+    teacher = random_model(DiffLlamaConfig(**SMALL, **LAYERS))
+    if fields:
+        teacher = load_teacher(dtype=torch.float32)
+        monkeypatch.setattr("kdkit.models.cut._layer_lists", lambda *_: ["model.layers"])
+        teacher.model.layers[3].input_layernorm.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(UsageError, match=rf"^student_layers cannot cut a .*{named}.*--student_model$"):
+        student_from_layers(teacher, [1, 3])
+    assert not any(block._forward_hooks for block in teacher.model.layers)
+
+
+def test_student_of_a_bf16_teacher_has_its_weights_in_fp32(folder):
+    teacher = load_teacher("embedded", torch.bfloat16)
+    student = student_from_layers(teacher, [0, 3])
+    assert student.dtype == torch.float32 and student.training
+    torch.testing.assert_close(student.model.layers[1].state_dict(), teacher.model.layers[3].float().state_dict())
 
 
 def test_body_and_head_give_the_models_logits_and_sizes_and_get_gradients():
@@ -156,6 +229,74 @@ def test_chat_template_is_read_from_a_file(small, tmp_path):
         load_tokenizer(small(chat_template="nothing.jinja"))
 
 
+def rewrite(folder, change):
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: {f"_orig_mod.{k}": v for k, v in w.items()}, r"lacks \d+ .*such as \S+ \(and has _orig_mod\."),
+        (lambda w: {k: v for k, v in w.items() if ".layers.1." not in k}, r"lacks \d+ .*such as model\.layers\.1\."),
+        (lambda w: {k: v for k, v in w.items() if "embed_tokens" not in k}, r"lacks \d+ "),
+    ],
+)
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_missing_weights_are_never_random(small, folder, role, change, message):
+    rewrite(folder, change)
+    with pytest.raises(UsageError, match=rf"^{role}_model .*{message}"):
+        if role == "teacher":
+            load_teacher(str(folder))
+        load_student(small(student_model=str(folder)), None)
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json", "half"])
+def test_incomplete_folder_is_named_before_the_data_is_read(small, folder, role, missing):
+    if missing == "half":
+        content = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    else:
+        (folder / missing).unlink()
+    message = {"half": "broken safetensors", "tokenizer.json": "has no tokenizer: copy"}.get(missing, missing)
+    with pytest.raises(UsageError, match=rf"^{role}_model .*{message}"):
+        train(small(**{f"{role}_model": str(folder)}, dataset="never/looked-at"))
+
+
+def test_missing_shard_is_named_before_the_data_is_read(small, folder):
+    load_teacher().save_pretrained(folder, max_shard_size="1MB")
+    (folder / "model.safetensors").unlink()
+    check_models(small(teacher_model=str(folder)))
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(UsageError, match=rf"teacher_model .*{shard.name}"):
+        check_models(small(teacher_model=str(folder)))
+
+
+def test_quantised_model_is_refused_as_a_student_and_allowed_as_a_teacher(small, folder):
+    edit(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    for fields in ({"student_model": str(folder)}, {"teacher_model": str(folder), "student_layers": 2}):
+        with pytest.raises(UsageError, match=r"^(student|teacher)_model .* is quantised"):
+            check_models(small(**fields))
+    check_models(small(teacher_model=str(folder)))
+    teacher = load_teacher()
+    teacher.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), False)
+    with pytest.raises(UsageError, match="not quantised"):
+        student_from_layers(teacher, 2)
+
+
+@pytest.mark.parametrize("layers", [None, 4])
+def test_head_of_the_file_is_kept_though_the_config_says_it_is_tied(small, folder, tmp_path, layers):
+    rewrite(folder, lambda w: {**w, "lm_head.weight": 2 * w["model.embed_tokens.weight"]})
+    fields = {"student_layers": layers} if layers else {"student_model": str(folder)}
+    teacher = load_teacher(str(folder), torch.float32)
+    student = load_student(small(**fields), teacher)
+    assert not student.config.tie_word_embeddings and not teacher.config.tie_word_embeddings
+    student.tie_weights()  # as accelerate does for FSDP
+    torch.testing.assert_close(student.lm_head.weight, 2 * student.model.embed_tokens.weight)
+    torch.testing.assert_close(student.eval()(**BATCH).logits, teacher(**BATCH).logits)
+
+
 # --- nothing that runs code
 
 
@@ -236,3 +377,33 @@ def test_other_special_tokens_and_templates_are_reported(small, folder):
     edit(folder / "tokenizer_config.json", eos_token="<|eos|>", pad_token="<|eos|>")
     report = check(small, load_teacher(), load_teacher(), teacher_model=str(folder), student_layers=2).report
     assert any("pad <|eos|> (pad and eos share an id; padding is masked by position" in line for line in report)
+
+
+def test_reserved_tokens_may_have_other_names_but_other_tokens_may_not(small, folder):
+    fields = {"teacher_model": str(folder), "student_model": str(shutil.copytree(folder, folder.parent / "other"))}
+    for name, token in zip(fields.values(), ("<|reserved|>", "<|unused|>"), strict=True):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+        tokenizer.save_pretrained(name)
+    report = check(small, tiny(1030), tiny(1030), **fields).report
+    assert "but for 2 names of reserved tokens" in report[0]
+    edit(folder / "tokenizer_config.json", chat_template="<|reserved|>{{ messages[0]['content'] }}")
+    with pytest.raises(UsageError, match=r"1 tokens have different ids, such as '<\|reserved\|>'"):
+        check(small, tiny(1030), tiny(1030), **fields)
+
+
+def test_chat_templates_that_render_the_same_are_not_reported(small, folder):
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    other = shutil.copytree(folder, folder.parent / "other")
+    fields = {"teacher_model": str(folder), "student_model": str(other)}
+    for text, noted in ((template + "{# the same #}", False), (template + "!", True), ("{{ x.y.z }}", True)):
+        edit(folder / "tokenizer_config.json", chat_template=template)
+        edit(other / "tokenizer_config.json", chat_template=text)
+        report = check(small, tiny(), tiny(), **fields).report
+        assert any("chat templates differ" in line for line in report) == noted
+
+
+def test_student_with_experts_is_reported(small):
+    experts = random_model(FAMILIES["qwen3_moe"])
+    assert any("experts" in line for line in check(small, tiny(), experts).report)
+    assert not any("experts" in line for line in check(small, experts, tiny()).report)

@@ -2,9 +2,9 @@
 # ruff: noqa: F401, I001
 
 from kdkit.models.body_and_head import BodyAndHead, count_parameters, wrap
+from kdkit.models.cut import student_from_layers
 from kdkit.models.examination import examine
 from kdkit.models.load import (
-    ASSETS, check_models, load_student, load_teacher, load_tokenizer, student_from_layers, teacher_dtype,
-    teacher_fingerprint,
+    ASSETS, check_models, load_student, load_teacher, load_tokenizer, record_tying, teacher_dtype, teacher_fingerprint,
 )  # fmt: skip
-from kdkit.models.pair import Pair, check_pair
+from kdkit.models.pair import Pair, check_export, check_pair

@@ -1,13 +1,14 @@
 """Load the teacher, the student and the tokenizer, from a folder or from the hub."""
 
-import copy
 import hashlib
+import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from kdkit.config import DistillConfig, UsageError
@@ -15,6 +16,7 @@ from kdkit.models.body_and_head import wrap
 from kdkit.running.hub import explain, loading_errors, split_revision
 
 ASSETS = Path(__file__).parent.parent / "assets"
+MODEL_REMEDY = "give a model folder with safetensors files, or a hub id"
 
 
 def locate(name: str, role: str) -> tuple[str, str]:
@@ -39,8 +41,7 @@ def load_pretrained(auto_class, name: str, role: str, config: DistillConfig, **o
             path, revision=revision, trust_remote_code=config.trust_remote_code, **options
         )
     except loading_errors() as error:
-        remedy = "give a model folder with safetensors files, or a hub id"
-        raise explain(f"{role}_model", name, error, remedy) from error
+        raise explain(f"{role}_model", name, error, MODEL_REMEDY) from error
 
 
 def load_model(name: str, role: str, config: DistillConfig, dtype: torch.dtype) -> nn.Module:
@@ -48,15 +49,74 @@ def load_model(name: str, role: str, config: DistillConfig, dtype: torch.dtype) 
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": dtype, "use_safetensors": True, "attn_implementation": config.attn_implementation}
-    return load_pretrained(AutoModelForCausalLM, name, role, config, **options)
+    model, found = load_pretrained(AutoModelForCausalLM, name, role, config, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing and not next(model.parameters()).is_meta:  # meta: FSDP, and not rank 0
+        extra = f" (and has {min(found['unexpected_keys'])})" if found["unexpected_keys"] else ""
+        raise UsageError(
+            f"{role}_model {name} lacks {len(missing):,} of the weights of a {type(model).__name__}, such as "
+            f"{missing[0]}{extra}: they would be random. Save it again with save_pretrained, or correct its config.json"
+        )
+    return record_tying(model)
+
+
+def shares_head(model: nn.Module) -> bool:
+    """Return whether the head and the embedding of a model are one tensor."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def record_tying(model: nn.Module) -> nn.Module:
+    """Make the config say whether head and embedding are tied, since FSDP and `from_pretrained` tie what it says.
+
+    transformers leaves them untied, whatever the config says, if the file has two different tensors.
+    """
+    from transformers.integrations import is_fsdp_enabled
+
+    tied = shares_head(model)
+    if is_fsdp_enabled() and broadcast_object_list([tied]) != [tied]:  # only rank 0 has read the file
+        head, tied = model.get_output_embeddings(), not tied
+        head.weight = model.get_input_embeddings().weight if tied else nn.Parameter(torch.empty_like(head.weight))
+    for model_config in (model.config, model.config.get_text_config()):
+        model_config.tie_word_embeddings = tied
+    return model
 
 
 def check_models(config: DistillConfig) -> list:
-    """Load the transformers configs of the models of a run, which reports wrong names before any data is read."""
-    from transformers import AutoConfig
+    """Load the transformers configs of the models of a run, and look at their other files, before any data is read.
 
-    roles = ("teacher", "student") if config.student_layers is None else ("teacher",)
-    return [load_pretrained(AutoConfig, getattr(config, f"{role}_model"), role, config) for role in roles]
+    Raises:
+        UsageError: a wrong name, a missing or truncated file of weights, a student without a tokenizer, a quantised
+            student or a quantised teacher that a student is cut from.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    roles, configs = ("teacher", "student") if config.student_layers is None else ("teacher",), []
+    for role in roles:
+        name, trained = getattr(config, f"{role}_model"), role == "student" or config.student_layers is not None
+        configs.append(load_pretrained(AutoConfig, name, role, config))
+        if trained and getattr(configs[-1], "quantization_config", None):
+            raise UsageError(
+                f"{role}_model {name} is quantised, and its weights would be those of the student, which cannot be "
+                "trained: give the folder or hub id of the original, or quantise the student after the run"
+            )
+        if config.student_is_pretrained if role == "student" else config.targets == "online":
+            _check_weights(name, role)
+    if config.student_layers is None and config.student_is_pretrained:
+        load_pretrained(AutoTokenizer, config.student_model, "student", config)
+    return configs
+
+
+def _check_weights(name: str, role: str) -> None:
+    """Raise a UsageError if a file of weights in a local folder is missing, or shorter than its header says."""
+    folder = Path(locate(name, role)[0])
+    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    try:
+        if index.is_file() and not (folder / files[0]).is_file():
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        for file in files if folder.is_dir() else []:  # the hub's files are checked when they are downloaded
+            safe_open(folder / file, "pt")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise explain(f"{role}_model", name, error, MODEL_REMEDY) from error
 
 
 def teacher_fingerprint(config: DistillConfig) -> str | None:
@@ -124,35 +184,11 @@ def load_student(config: DistillConfig, teacher) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     if config.student_layers is not None:
+        from kdkit.models.cut import student_from_layers
+
         return student_from_layers(wrap(teacher).model, config.student_layers).train()
     if config.student_is_pretrained:
         return load_model(config.student_model, "student", config, torch.float32).train()
     options = {"attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
     student_config = check_models(config)[-1]
-    return AutoModelForCausalLM.from_config(student_config, dtype=torch.float32, **options).train()
-
-
-def student_from_layers(teacher: nn.Module, layers: list[int] | int) -> nn.Module:
-    """Copy a transformers causal language model with some of its decoder layers, in fp32.
-
-    `layers` are rising indices, or a number of layers, which are spread evenly with the first and the last kept.
-    """
-    depth, given = teacher.config.num_hidden_layers, layers
-    if isinstance(layers, int):
-        layers = [round(i * (depth - 1) / max(layers - 1, 1)) for i in range(layers)]
-    if not layers or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= depth:
-        raise UsageError(
-            f"student_layers is {given}, and the teacher has {depth} layers: give a number from 1 to {depth}, or "
-            f"rising indices from 0 to {depth - 1}"
-        )
-    config = copy.deepcopy(teacher.config)
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in layers]
-    student, weights = type(teacher)(config).float(), teacher.state_dict()
-
-    def origin(name: str) -> str:  # the first number in the name of a parameter is the index of its layer
-        return re.sub(r"\.(\d+)\.", lambda match: f".{layers[int(match[1])]}.", name, count=1)
-
-    student.load_state_dict({name: weights[origin(name)] for name in student.state_dict()})
-    return student
+    return record_tying(AutoModelForCausalLM.from_config(student_config, dtype=torch.float32, **options)).train()

@@ -1,19 +1,22 @@
-"""Check, before anything is trained, that a teacher and a student fit each other."""
+"""Check, before anything is trained, that two models fit each other and that the student can be saved."""
 
+import tempfile
 from typing import NamedTuple
 
+import torch
+from jinja2 import TemplateError
 from torch import nn
 
 from kdkit.config import DistillConfig, UsageError
 from kdkit.models.body_and_head import wrap
-from kdkit.models.load import load_pretrained
+from kdkit.models.load import load_pretrained, locate
+from kdkit.running.hub import first_line
 
 
 class Pair(NamedTuple):
     """The result of `check_pair`: the number of entries that both heads have, and lines to print."""
 
     vocab_size: int
-    eos_token_ids: list[int]
     report: list[str]
 
 
@@ -31,10 +34,10 @@ def check_pair(config: DistillConfig, teacher, student, tokenizer) -> Pair:
     """
     from transformers import AutoTokenizer
 
-    other = tokenizer
+    other, renamed = tokenizer, 0
     if config.student_layers is None and config.student_is_pretrained:
         other = load_pretrained(AutoTokenizer, config.student_model, "student", config)
-        _check_same_ids(config, tokenizer.get_vocab(), other.get_vocab())
+        renamed = _check_same_ids(config, tokenizer, other)
     entries = max(tokenizer.get_vocab().values()) + 1
     teacher, student = wrap(teacher), wrap(student)
     for role, model in (("teacher", teacher), ("student", student)):
@@ -48,21 +51,82 @@ def check_pair(config: DistillConfig, teacher, student, tokenizer) -> Pair:
             raise UsageError(f"max_length is {config.max_length:,}, {limit}")
     vocab_size = min(teacher.head_rows, student.head_rows)
     report = [f"tokenizer: {entries:,} entries, the same for both"]
+    if renamed:
+        report[0] += f" but for {renamed:,} names of reserved tokens, which are in no text"
     if teacher.head_rows != student.head_rows:
         report.append(f"heads: {teacher.head_rows:,} and {student.head_rows:,} rows, both cut to {vocab_size:,}")
-    return Pair(vocab_size, [tokenizer.eos_token_id], report + _notes(tokenizer, other, student.model))
+    return Pair(vocab_size, report + _notes(tokenizer, other, student.model))
 
 
-def _check_same_ids(config: DistillConfig, ours: dict[str, int], theirs: dict[str, int]) -> None:
-    differing = sorted(token for token in ours | theirs if ours.get(token) != theirs.get(token))
+def check_export(student, tokenizer, config: DistillConfig) -> None:
+    """Set the ids that end a text in the student's configs, then write and read final/ once, without its weights.
+
+    Called before step 1. Raises a UsageError for what would otherwise make the export fail, or give another model.
+    """
+    from transformers import GenerationConfig
+
+    model, (path, revision) = student.model, locate(config.teacher_model, "teacher")
+    try:
+        ids = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
+    except OSError:  # the teacher has no such file
+        ids = None
+    ids = [tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]
+    ids = [number for number in dict.fromkeys(ids) if number is not None]
+    generation = [model.generation_config] if model.can_generate() else []
+    for settings in (model.config, model.config.get_text_config(), *generation):
+        settings.eos_token_id = ids if len(ids) > 1 else next(iter(ids), None)
+    for settings in generation:
+        try:
+            settings.validate(strict=True)
+        except ValueError:  # a temperature without do_sample, which transformers does not save
+            settings.do_sample = True
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for part in (model.config, *generation, tokenizer):  # model.save_pretrained writes on rank 0 only
+                part.save_pretrained(folder)
+            with torch.device("meta"):
+                again = type(model)(type(model.config).from_pretrained(folder))
+        read, expected = ({(name, p.shape) for name, p in m.named_parameters()} for m in (again, model))
+        if read != expected:
+            raise ValueError(f"it would be read with another {min(read ^ expected)[0]}")
+    except Exception as error:  # any: the code of a model and its configs may fail in any way
+        raise UsageError(
+            f"the student could not be saved as {config.output_dir}/final ({first_line(error)}): correct config.json "
+            "and generation_config.json in its folder, or choose another student"
+        ) from error
+
+
+def _check_same_ids(config: DistillConfig, tokenizer, other) -> int:
+    """Raise a UsageError if a text has other ids for the student; return how many reserved tokens have another name."""
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    names = {token for token in ours | theirs if ours.get(token) != theirs.get(token)}
+    differing = sorted(names - _reserved(tokenizer) - _reserved(other))
     if not differing:
-        return
+        return len(names)
     examples = ", ".join(f"{token!r} ({ours.get(token)} and {theirs.get(token)})" for token in differing[:3])
     raise UsageError(
         f"teacher {config.teacher_model} and student {config.student_model} have different tokenizers: "
         f"{len(differing):,} tokens have different ids, such as {examples}. Their distributions cannot be compared: "
         "use two models of one family, or cut the student from the teacher with --student_layers"
     )
+
+
+def _reserved(tokenizer) -> set[str]:
+    """Return the special tokens without a purpose: neither a role, such as eos, nor a place in the chat template."""
+    roles = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return {token for token in special - roles if token not in str(tokenizer.chat_template)}
+
+
+def _rendered(tokenizer) -> str | None:
+    """Return a short conversation in the tokenizer's chat template: two templates may differ in their text alone."""
+    if tokenizer.chat_template is None:
+        return None
+    turns = [{"role": role, "content": role.title()} for role in ("user", "assistant", "user")]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError:  # it is not for such conversations
+        return tokenizer.chat_template
 
 
 def _notes(ours, theirs, student: nn.Module) -> list[str]:
@@ -74,8 +138,10 @@ def _notes(ours, theirs, student: nn.Module) -> list[str]:
         first, second = getattr(ours, name), getattr(theirs, name)
         if first != second:
             notes.append(f"note: {name} is {first} for the teacher and {second} for the student: the teacher's is used")
-    if ours.chat_template != theirs.chat_template:
+    if _rendered(ours) != _rendered(theirs):
         notes.append("note: the chat templates differ: the teacher's is used for both")
+    if any(name.endswith("experts") for name, _ in student.named_modules()):
+        notes.append("note: the student has experts: the loss has no term that balances their load")
     # Dropout in the student is allowed, but adds noise to the divergence from the teacher.
     values = student.config.get_text_config().to_dict().items()
     dropout = [f"{name} {value:g}" for name, value in values if "drop" in name and isinstance(value, float) and value]

@@ -112,6 +112,12 @@ def _tensors(accelerator: Accelerator, student, optimizer) -> dict[str, torch.Te
     """The tensors of a checkpoint by name: not copies, so loading into them loads into student and optimizer."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
+    for group in optimizer.optimizer.param_groups:
+        for parameter in group["params"]:  # one without a gradient yet gets the state that its first one would give it
+            if not optimizer.optimizer.state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                step = torch.zeros((), device=parameter.device, dtype=torch.float32)
+                optimizer.optimizer.state[parameter] = {"step": step, **zeros}
     options, names = StateDictOptions(flatten_optimizer_state_dict=True), _unique_names(student)
     model_state, optimizer_state = get_state_dict(student, optimizer.optimizer, options=options)
     tensors = {f"model.{name}": value for name, value in model_state.items() if name in names}
@@ -122,9 +128,23 @@ def _tensors(accelerator: Accelerator, student, optimizer) -> dict[str, torch.Te
     return tensors
 
 
-def save_checkpoint(accelerator: Accelerator, student, optimizer, step: int, config: DistillConfig) -> None:
+def check_inputs(path: Path, config: DistillConfig, inputs: dict[str, str | None]) -> None:
+    """Raise a UsageError if a checkpoint was written with other inputs; what one of both does not know may differ."""
+    before = json.loads((path / "trainer.json").read_text()).get("inputs", {})
+    for name, now in inputs.items():
+        if None not in (now, before.get(name)) and now != before[name]:
+            raise UsageError(
+                f"{name} {getattr(config, name)} has changed since {path} was written: restore it, choose another "
+                "--output_dir, or start over with --resume never, which replaces that run"
+            )
+
+
+def save_checkpoint(
+    accelerator: Accelerator, student, optimizer, step: int, config: DistillConfig, inputs: dict | None = None
+) -> None:
     """Write checkpoints/step_{step}, then remove all but the newest `keep_checkpoints`. Called by all ranks.
 
+    `inputs` are those of `describe_inputs`, which a run that resumes must have, too.
     Checkpoints of later steps are removed, too: they belong to an earlier attempt, before this run was resumed.
     Raises RunStopped if the checkpoint cannot be written (a full disk, for example).
     """
@@ -138,7 +158,8 @@ def save_checkpoint(accelerator: Accelerator, student, optimizer, step: int, con
         if accelerator.is_main_process:
             sizes = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
             rows = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-            (folder / "trainer.json").write_text(json.dumps({"step": step, "rows_per_step": rows, "files": sizes}))
+            content = {"step": step, "rows_per_step": rows, "files": sizes, "inputs": inputs or {}}
+            (folder / "trainer.json").write_text(json.dumps(content))
             files.sync(output_dir / "metrics.jsonl")  # steps before the checkpoint are not repeated: keep their lines
             files.sync(output_dir)
 

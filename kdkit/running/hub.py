@@ -13,6 +13,9 @@ REASONS = {  # pattern in an error's class names or text -> the reason, and what
     ),
     "Errno 28|enough disk space": "does not fit on the disk of {cache}: make room, or set HF_HOME to a larger disk",
     "custom code": "comes with Python code of its own, which is not run: read it first, then --trust_remote_code true",
+    "Couldn't instantiate the backend tokenizer": (
+        "has no tokenizer: copy tokenizer.json and tokenizer_config.json of the model that it was made from into it"
+    ),
     "SafetensorError": "has a broken safetensors file ({error}): download or copy it again",
     "LocalEntryNotFoundError|ConnectionError|TransportError": (  # httpx raises the last one
         "could not be loaded: it is neither a local path nor in the cache, and the hub cannot be reached (no network, "

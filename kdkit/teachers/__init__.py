@@ -12,7 +12,8 @@ The rest of the kit does not ask which of the two it has. A teacher has
     model                            the transformers model, for a student that is cut from its layers
 """
 
-from kdkit.models import load_teacher, teacher_dtype
+from kdkit.data import rows_digest
+from kdkit.models import load_teacher, teacher_dtype, teacher_fingerprint
 from kdkit.teachers.online import OnlineTeacher
 from kdkit.teachers.stored import StoredTeacher
 
@@ -23,3 +24,8 @@ def open_teacher(config, mixed_precision: str, train_rows, eval_rows) -> OnlineT
     if config.targets == "online":
         return OnlineTeacher(load_teacher(config.teacher_model, dtype, config))
     return StoredTeacher(config, train_rows, eval_rows, dtype)
+
+
+def describe_inputs(config, *splits) -> dict[str, str | None]:
+    """Return hashes of what a run learns from: its rows, and its teacher (None if that is not on this machine)."""
+    return {"dataset": " ".join(map(rows_digest, splits)), "teacher_model": teacher_fingerprint(config)}
