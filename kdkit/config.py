@@ -82,7 +82,7 @@ class DataFields:
     """The answers to prompt_column, which are learned."""
     chat_template: str | None = None
     """A Jinja file with the chat template to use, if the tokenizer has none or another one is wanted."""
-    chat_template_options: dict[str, Any] | None = None
+    chat_template_options: dict | None = None
     """Variables for the chat template, such as {"enable_thinking": false}: a mapping in YAML, JSON as an argument."""
     eval_dataset: str | None = None
     """The dataset to evaluate on, in the notation of dataset; by default the same one."""
@@ -237,7 +237,9 @@ class DistillConfig(RunFields, OptimizationFields, LossFields, DataFields, Model
 
 GROUPS = DistillConfig.__mro__[1:-1][::-1]  # the five classes above, in their order
 FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
-PATHS = ["teacher_model", "student_model", "targets_dir", "dataset", "chat_template", "eval_dataset", "output_dir"]
+PATHS = {
+    "teacher_model", "student_model", "targets_dir", "dataset", "chat_template", "eval_dataset", "output_dir", "resume"
+}  # fmt: skip
 REMOVED = {  # fields of earlier versions: the default they had, and what replaces them
     "export_dtype": ("float32", "final/ has float32 weights; load them with dtype=torch.bfloat16"),
     "group_by_length": (False, "packing: true leaves little padding, too"),

@@ -61,11 +61,7 @@ def _make_rows(block: list[Document]) -> list[tuple[list[dict], set[str]]]:
 
 
 def make_rows(
-    documents: list[Document],
-    tokenizer,
-    max_length: int,
-    truncation_mode: str | None = None,
-    template_options: dict | None = None,
+    documents: list[Document], tokenizer, max_length: int, truncation_mode: str | None = None, template_options=None
 ) -> list[tuple[list[dict], set[str]]]:
     """Tokenise documents, shift their tokens by one, and cut what is longer than `max_length`.
 

@@ -50,7 +50,7 @@ def _conversation(sample: dict, row: int, columns: list[str], extras: list[str])
         messages.append({"role": "system", "content": sample["system"]})
     for column, role in zip(columns, ("user", "assistant"), strict=False):
         value = sample.get(column)
-        if "input" in extras and role == "user" and sample.get("input"):
+        if "input" in extras and role == "user" and sample.get("input") and isinstance(value, str):
             value = f"{value}\n\n{sample['input']}"
         if isinstance(value, str):
             value = [{"role": role, "content": value}] if len(columns) == 2 else _parse(value)

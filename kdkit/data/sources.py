@@ -107,7 +107,8 @@ def _builder(config: DistillConfig, field: str, name: str) -> tuple[Any, bool]:
         if not isinstance(row.index, pandas.RangeIndex):
             raise UsageError(f"{field} {file}: row 1 has more fields than the header: quote texts that have commas")
         features = datasets.Features({column: datasets.Value("string") for column in row.columns})
-        builder = datasets.load_dataset_builder(**arguments, features=features, keep_default_na=False)
+        options = {"features": features, "keep_default_na": False, "na_values": [""]}  # an empty field is no text
+        builder = datasets.load_dataset_builder(**arguments, **options)
     return builder, False
 
 
@@ -179,8 +180,8 @@ def _load_arguments(field: str, name: str) -> dict:
         if len(kinds) != 1:
             found = f"files of several kinds ({', '.join(sorted(kinds))})" if kinds else "no file with text"
             raise UsageError(f"{field} {name} has {found}: give files of one kind, {', '.join(BUILDERS)}")
-        (kind,), file = kinds, str(path)
-        arguments = {"path": file} if path.is_dir() else {"path": kind, "data_files": file}
+        (kind,) = kinds
+        arguments = {"path": str(path.resolve())} if path.is_dir() else {"path": kind, "data_files": str(path)}
         return {**arguments, "sample_by": "document", "encoding": "utf-8-sig"} if kind == "text" else arguments
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix.lower() in BUILDERS:
         raise UsageError(f'{field} {name} does not exist: give a file, a folder, a hub id, or "embedded"')
