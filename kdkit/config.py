@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,8 @@ class DataFields:
     """The answers to prompt_column, which are learned."""
     chat_template: str | None = None
     """A Jinja file with the chat template to use, if the tokenizer has none or another one is wanted."""
+    chat_template_options: dict | None = None
+    """Variables for the chat template, such as {"enable_thinking": false}: a mapping in YAML, JSON as an argument."""
     eval_dataset: str | None = None
     """The dataset to evaluate on, in the notation of dataset; by default the same one."""
     eval_split: str | None = None
@@ -196,6 +199,8 @@ class DistillConfig(RunFields, OptimizationFields, OnPolicyFields, LossFields, D
             if not ok:
                 raise UsageError(f"{name} is {getattr(self, name)!r}, expected {expected}")
 
+        for name in PATHS:
+            setattr(self, name, getattr(self, name) and os.path.expanduser(getattr(self, name)))
         check(0 <= self.alpha <= 1, "alpha", "0 <= alpha <= 1 (0 is pure KL, 1 is pure cross-entropy)")
         check(0 < self.temperature < float("inf"), "temperature", "a number above 0 (1 leaves the softmax as it is)")
         check(0 < self.beta < 1, "beta", "0 < beta < 1; for the ends use forward_kl or reverse_kl")
@@ -259,6 +264,9 @@ class DistillConfig(RunFields, OptimizationFields, OnPolicyFields, LossFields, D
 
 GROUPS = DistillConfig.__mro__[1:-1][::-1]  # the classes above, in their order
 FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
+PATHS = {
+    "teacher_model", "student_model", "targets_dir", "dataset", "chat_template", "eval_dataset", "output_dir", "resume"
+}  # fmt: skip
 REMOVED = {  # fields of earlier versions: the default they had, and what replaces them
     "export_dtype": ("float32", "final/ has float32 weights; load them with dtype=torch.bfloat16"),
     "group_by_length": (False, "packing: true leaves little padding, too"),
@@ -309,11 +317,13 @@ def read_config(path: Path) -> DistillConfig:
 def _read_yaml(path: str) -> list[str]:
     """The fields of a YAML file as arguments of a command line, with the names checked."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(Path(path).read_bytes()) or {}  # bytes, since a byte order mark may say UTF-16
     except FileNotFoundError:
         raise UsageError(f"--config {path}: there is no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML in UTF-8: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds a {type(values).__name__}, expected lines of `field: value`")
     # config.yaml of an earlier version has the removed fields; their defaults change nothing

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from kdkit import DistillConfig, load_config
-from kdkit.config import FIELDS, UsageError, read_config
+from kdkit.config import FIELDS, PATHS, UsageError, read_config
 from kdkit.losses import DIVERGENCES
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -71,6 +71,40 @@ def test_invalid_argument_raises_an_error_of_one_line_that_names_it(argv, named)
         load_config(argv)
     assert all(word in str(error.value) for word in named), str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_chat_template_options_are_a_mapping_in_yaml_and_json_as_an_argument(tmp_path):
+    file = write(tmp_path / "r.yaml", "chat_template_options:\n  enable_thinking: false\n  style: 'no'\n")
+    given = load_config(["--chat_template_options", '{"enable_thinking": false, "style": "no"}'])
+    assert load_config(["--config", file]).chat_template_options == {"enable_thinking": False, "style": "no"}
+    assert given.chat_template_options == {"enable_thinking": False, "style": "no"}
+    write(tmp_path / "again.yaml", yaml.safe_dump(given.as_dict()))
+    assert read_config(tmp_path / "again.yaml").chat_template_options == given.chat_template_options
+
+
+def test_home_folder_is_expanded_wherever_a_path_is_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in PATHS:
+        for config in (
+            load_config(["--config", write(tmp_path / "r.yaml", f"{name}: ~/x")]),
+            load_config([f"--{name}", "~/x"]),
+            DistillConfig(**{name: "~/x"}),
+        ):
+            assert getattr(config, name) == str(tmp_path / "x")
+    assert load_config(["--output_dir", "a/~b"]).output_dir == "a/~b" and {"output_dir", "resume"} <= PATHS
+
+
+@pytest.mark.parametrize("encoding, read", [("utf-16", True), ("utf-8-sig", True), ("latin-1", False)])
+def test_yaml_file_in_another_encoding_is_read_or_refused_in_one_line(tmp_path, encoding, read):
+    (tmp_path / "r.yaml").write_bytes("output_dir: runs/caf\xe9\n".encode(encoding))
+    if read:
+        assert load_config(["--config", str(tmp_path / "r.yaml")]).output_dir == "runs/caf\xe9"
+        return
+    with pytest.raises(UsageError, match=r"r\.yaml is not valid YAML in UTF-8") as error:
+        load_config(["--config", str(tmp_path / "r.yaml")])
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match=r"--config .* cannot be read: Is a directory"):
+        load_config(["--config", str(tmp_path)])
 
 
 def test_unknown_field_in_a_file_raises_an_error_with_the_file_and_the_nearest_name(tmp_path):

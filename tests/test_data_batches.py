@@ -11,13 +11,15 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers import json_lines
+from tokenizers import normalizers
 
 from kdkit import DistillConfig
 from kdkit.config import DataFields, UsageError
 from kdkit.data import Rows, Steps, batches, chat, collate, count_tokens, empty_row, load_rows, pack
 from kdkit.data.__main__ import main
 from kdkit.data.chat import make_rows
-from kdkit.data.sources import Document, open_source
+from kdkit.data.records import Document
+from kdkit.data.sources import open_source
 from kdkit.losses import IGNORE_INDEX
 from kdkit.models import BodyAndHead, load_teacher, load_tokenizer
 from kdkit.running import files
@@ -241,6 +243,29 @@ def test_what_was_cut_and_left_out_is_described(small, tokenizer, tmp_path, monk
     assert "2 are left out" in line  # the long one's answer was cut off
 
 
+def test_what_the_template_does_to_conversations_is_described(small, tokenizer, tmp_path, monkeypatch):
+    reasoned = {"messages": [*messages("short")["messages"]]}
+    reasoned["messages"][1]["reasoning_content"] = "hm"
+    records = [messages("one"), reasoned, messages("two", "three")]
+    fields = {"dataset": str(json_lines(tmp_path / "a.jsonl", *records)), "eval_dataset": "embedded"}
+    config = small(chat_template_options={"end": False}, max_train_tokens=None, **fields)
+    template = (
+        CHATML.replace("<|eos|>\n", "{{ eos_token if end }}\n")
+        + "{{ '' if end or add_generation_prompt else messages | length }}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    line = batches.describe_rows(load_rows(config, tokenizer)[0], config)
+    for words in (
+        "1 of 3: the chat template does not show all",
+        "3 of 3: a turn of the assistant has no token that ends",
+    ):
+        assert words in line
+    assert "1 of 3: a sample for each turn" in line
+    config = dataclasses.replace(config, chat_template_options={"end": True})  # other rows, not those of the cache
+    line = batches.describe_rows(load_rows(config, tokenizer)[0], config)
+    assert " of 3: " in line and "no token that ends" not in line and "for each turn" not in line
+
+
 @pytest.mark.parametrize("fields", [{}, {"streaming": True}, {"max_train_tokens": 4000}])
 def test_several_processes_give_the_same_rows_as_one(small, tokenizer, tmp_path, monkeypatch, fields):
     fields = {"dataset": words(tmp_path / "a.jsonl", 1500), "max_train_tokens": 10**9, **fields}
@@ -277,17 +302,30 @@ def test_every_field_of_the_data_changes_the_cache_and_evaluation_fields_only_th
         assert batches.cache_folder(other, config, tokenizer) not in before
 
 
-@pytest.mark.parametrize("change", ["bos", "chat_template", "eos_token"])
+CHANGES = {
+    "post_processor": lambda t: setattr(t.backend_tokenizer, "post_processor", None),
+    "normalizer": lambda t: setattr(t.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+    "added_token": lambda t: t.add_tokens(["import"]),
+    "special_token": lambda t: t.add_special_tokens({"extra_special_tokens": ["import"]}),
+    "bos_token": lambda t: setattr(t, "bos_token", "<|pad|>"),
+    "eos_token": lambda t: setattr(t, "eos_token", "<|pad|>"),
+    "add_bos_token": lambda t: setattr(t, "add_bos_token", False),
+    "add_eos_token": lambda t: setattr(t, "add_eos_token", True),
+    "split_special_tokens": lambda t: setattr(t, "split_special_tokens", True),
+    "chat_template": lambda t: setattr(t, "chat_template", CHATML),
+    "chat_templates": lambda t: setattr(t, "chat_template", {"default": CHATML, "tool_use": "x"}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_another_tokenizer_changes_the_cache_and_a_call_of_it_does_not(small, change):
     tokenizer, config = load_tokenizer(DistillConfig()), small()
     source = open_source(config, "train")
     before = batches.cache_folder(source, config, tokenizer)
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=2)
+    tokenizer.padding_side = "left"
     assert batches.cache_folder(source, config, tokenizer) == before
-    if change == "bos":
-        tokenizer.backend_tokenizer.post_processor = None
-    else:
-        setattr(tokenizer, change, "<|pad|>")
+    CHANGES[change](tokenizer)
     assert batches.cache_folder(source, config, tokenizer) != before
 
 

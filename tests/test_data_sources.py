@@ -1,4 +1,8 @@
+import datetime
 import errno
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -7,6 +11,7 @@ from helpers import json_lines
 from huggingface_hub import errors
 
 from kdkit.config import UsageError
+from kdkit.data import sources
 from kdkit.data.sources import EMBEDDED, documents_of, open_source
 
 # --- datasets: what is read
@@ -79,12 +84,73 @@ def test_the_embedded_text_has_two_splits_of_different_modules(small):
     assert "asyncio/locks.py" in sources[0] and not sources[0] & sources[1]
 
 
-@pytest.mark.parametrize("fields", [{"eval_split": "train"}, {"eval_dataset": "a.jsonl"}])
-def test_training_data_as_evaluation_data_is_refused(small, tmp_path, monkeypatch, fields):
+def linked(name, target):
+    Path(name).symlink_to(target)
+    return name
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        lambda: {"eval_split": "train"},
+        lambda: {"eval_dataset": "a.jsonl"},
+        lambda: {"eval_dataset": "./a.jsonl"},
+        lambda: {"eval_dataset": str(Path("a.jsonl").absolute())},
+        lambda: {"eval_dataset": linked("link.jsonl", "a.jsonl")},
+        lambda: {"eval_dataset": shutil.copy("a.jsonl", "copy.jsonl")},
+        lambda: {"dataset": ".", "eval_dataset": "a.jsonl"},
+        lambda: {"eval_dataset": "."},
+    ],
+)
+def test_training_data_as_evaluation_data_is_refused(small, tmp_path, monkeypatch, fields, streaming):
     monkeypatch.chdir(tmp_path)
     json_lines(tmp_path / "a.jsonl", {"text": "x"})
-    with pytest.raises(UsageError, match="is also the training data"):
-        read(small, "a.jsonl", held_out=True, **fields)
+    for part in ("train", "eval"):  # before the training data is tokenised
+        monkeypatch.setattr(sources, "documents_of", None)
+        with pytest.raises(UsageError, match="is also the training data"):
+            open_source(small(**{"dataset": "a.jsonl", "streaming": streaming, **fields()}), part)
+        for name in ("link.jsonl", "copy.jsonl"):
+            Path(name).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    "train, held_out, overlap",
+    [
+        ("train", "train[:50%]", True),
+        ("train[:60%]", "train[50%:]", True),
+        ("train[:50%]", "train[50%:]", False),
+        ("train[:150]", "train[100:]", True),
+        ("train[:150]", "train[70%:]", True),
+        ("train[:100]", "train[-100:]", False),
+        ("train+test", "test", True),
+        ("train", "test", False),
+    ],
+)
+def test_splits_that_overlap_are_refused(small, tmp_path, train, held_out, overlap):
+    for split, count in (("train", 200), ("test", 20)):
+        json_lines(tmp_path / f"{split}.jsonl", *({"text": f"{split} {i}"} for i in range(count)))
+    fields = {"dataset": str(tmp_path), "dataset_split": train, "eval_split": held_out}
+    if overlap:
+        with pytest.raises(UsageError, match="is also the training data"):
+            open_source(small(**fields), "train")
+    else:
+        found = [texts(documents_of(open_source(small(**fields), part))) for part in ("train", "eval")]
+        assert found[0] and found[1] and not set(found[0]) & set(found[1])
+
+
+def test_a_slice_of_a_longer_file_is_no_slice_of_the_evaluation_file(small, tmp_path):
+    long = json_lines(tmp_path / "long.jsonl", *({"text": f"a {i}"} for i in range(200)))
+    short = json_lines(tmp_path / "short.jsonl", *({"text": f"b {i}"} for i in range(20)))
+    fields = {
+        "dataset": str(long),
+        "dataset_split": "train[100:150]",
+        "eval_dataset": str(short),
+        "eval_split": "train",
+    }
+    assert [len(list(documents_of(open_source(small(**fields), part)))) for part in ("train", "eval")] == [50, 20]
+    with pytest.raises(UsageError, match=r"eval_dataset .*short\.jsonl has no split test"):
+        open_source(small(**{**fields, "eval_split": "test"}), "train")
 
 
 def test_a_stream_is_read_no_further_than_needed(small, tmp_path):
@@ -99,11 +165,141 @@ def test_conversations_are_read(small, tmp_path):
     file = json_lines(tmp_path / "a.jsonl", {"messages": messages, "text": "not this"})
     assert [d.messages for d in read(small, file)] == [messages]
     file = json_lines(tmp_path / "b.jsonl", {"prompt": "hi", "completion": "ho"})
-    assert [(d.messages, d.learn_from) for d in read(small, file)] == [(messages, 1)]
+    assert [(d.messages, d.turns) for d in read(small, file)] == [(messages, [1])]
     file = json_lines(tmp_path / "c.jsonl", {"prompt": [*messages, messages[0]], "completion": messages[1:]})
-    assert [(d.messages, d.learn_from) for d in read(small, file)] == [(messages * 2, 3)]
+    assert [(d.messages, d.turns) for d in read(small, file)] == [(messages * 2, [3])]
     file = json_lines(tmp_path / "d.jsonl", {"messages": messages, "text": "this"})
     assert texts(read(small, file, messages_column=None)) == ["this"]
+
+
+def tool_call(**arguments):
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_json_lines_are_read_as_they_are(small, tmp_path, streaming):
+    # Arrow would make dates and floats of these, in the order of the keys of the first row
+    calls = [tool_call(date="2025-01-01", n=1), tool_call(n=1.5, date="2025-01-02"), tool_call(n=2, b={"c": []})]
+    rows = [{"messages": [turn("user", "hi"), call], "other": i if i % 2 else "text"} for i, call in enumerate(calls)]
+    (tmp_path / "a").mkdir()
+    json_lines(tmp_path / "a/a.jsonl", *rows[:2])
+    json_lines(
+        tmp_path / "a/b.jsonl", {**rows[2], "more": 1}, {"messages": [turn("user", "x"), turn("assistant", "y")]}
+    )
+    found = {repr(document.messages[1]) for document in read(small, tmp_path / "a", streaming=streaming)}
+    assert found == {repr(message) for message in [*calls, turn("assistant", "y")]}
+
+
+def test_null_that_arrow_adds_is_removed_at_any_depth(small, tmp_path):
+    calls = [tool_call(city="Oslo"), tool_call(day=None, at={"x": 1}), tool_call(at={"y": [{"z": 2}, {"w": 3}]})]
+    tools = [[{"name": "f", "parameters": {name: {"enum": ["a"]}}}] for name in ("city", "day", "at")]
+    rows = [{"messages": [turn("user", "hi"), call], "tools": tool} for call, tool in zip(calls, tools, strict=True)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    found = sorted(read(small, tmp_path / "a.parquet"), key=lambda document: document.row)
+    del calls[1]["tool_calls"][0]["function"]["arguments"]["day"]
+    assert [document.messages[1] for document in found] == calls and [document.tools for document in found] == tools
+    dates = [{"messages": [turn("user", "hi"), tool_call(at=datetime.datetime(2025, 1, 1))]}]
+    datasets.Dataset.from_list(dates).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(UsageError, match=r"row 1 has .*datetime.* was text before Arrow read it"):
+        read(small, tmp_path / "b.parquet")
+
+
+def test_tools_and_arguments_may_be_json_in_a_text(small, tmp_path):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"x": {"default": "null"}}}}]
+    call = tool_call(x=[1, "é"])
+    as_text = {**call, "tool_calls": [{"function": {"name": "f", "arguments": json.dumps({"x": [1, "é"]})}}]}
+    file = json_lines(tmp_path / "a.jsonl", {"messages": [turn("user", "hi"), as_text], "tools": json.dumps(tools)})
+    (document,) = read(small, file)
+    assert document.tools == tools
+    assert document.messages[1]["tool_calls"][0]["function"] == call["tool_calls"][0]["function"]
+    file = json_lines(tmp_path / "b.jsonl", {"messages": [turn("user", "hi")]}, {"messages": [], "tools": tools})
+    assert {document.row: document.tools for document in read(small, file)} == {0: None, 1: tools}  # not in row 1
+
+
+@pytest.mark.parametrize("flag", ["weight", "train", "training", "loss"])
+def test_a_turn_that_is_not_to_be_learned_is_context(small, tmp_path, flag):
+    messages = [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")]
+    for off, on in ((0, 1), (False, True), (0.0, 1.0), (0, None)):
+        flagged = [{**messages[0], flag: off}, {**messages[1], flag: off}, messages[2], {**messages[3], flag: on}]
+        (document,) = read(small, json_lines(tmp_path / "a.jsonl", {"messages": flagged}))
+        assert document.messages == messages and document.turns == [3]
+    for message in ({**messages[1], flag: 0.5}, {**messages[1], flag: "no"}, {**messages[0], flag: 1}):
+        with pytest.raises(UsageError, match=rf"row 1 has .*{flag}.*(expected 0, 1|only turns of the assistant)"):
+            read(small, json_lines(tmp_path / "a.jsonl", {"messages": [message]}))
+
+
+def test_sharegpt_is_read(small, tmp_path):
+    call = {"name": "f", "arguments": {"x": 1}}
+    said = [("human", "a"), ("function_call", json.dumps(call)), ("observation", "1"), ("gpt", "b"), ("human", "c")]
+    conversation = [{"from": role, "value": value} for role, value in said]
+    conversation += [{"from": "gpt", "value": "d", "weight": 0}]
+    row = {"id": 7, "system": "be brief", "conversations": conversation, "tools": "[]"}
+    source = open_source(small(dataset=str(json_lines(tmp_path / "a.jsonl", row)), eval_dataset="embedded"), "train")
+    (document,) = documents_of(source)
+    roles = ["system", "user", "assistant", "tool", "assistant", "user", "assistant"]
+    assert [message["role"] for message in document.messages] == roles and document.turns == [2, 4]
+    assert document.messages[2]["tool_calls"] == [{"type": "function", "function": call}]
+    assert [message["content"] for message in document.messages] == ["be brief", "a", "", "1", "b", "c", "d"]
+    for word in ("ShareGPT", "conversations", "tools", "system", "not read: id"):
+        assert word in source.reading
+    for role, value in (("bing", "x"), ("function_call", "not JSON"), ("human", None)):
+        row = {"conversations": [{"from": role, "value": value}]}
+        with pytest.raises(UsageError, match=f"row 1 has .*'{role}'"):
+            read(small, json_lines(tmp_path / "b.jsonl", row))
+
+
+def test_alpaca_is_read(small, tmp_path):
+    rows = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Hi", "output": "Ho"}]
+    rows += [{"instruction": "Hi", "input": "", "output": "Ho", "system": "be brief"}]
+    file = json_lines(tmp_path / "a.jsonl", *rows)
+    source = open_source(small(dataset=str(file), eval_dataset="embedded"), "train")
+    assert "Alpaca conversations of column instruction and output and input" in source.reading
+    found = {document.row: (document.messages, document.turns) for document in documents_of(source)}
+    assert found[0] == ([turn("user", "Add.\n\n1 2"), turn("assistant", "3")], [1])
+    assert found[1] == ([turn("user", "Hi"), turn("assistant", "Ho")], [1])
+    with pytest.raises(UsageError, match="row 1 has None in column 'instruction'"):
+        read(small, json_lines(tmp_path / "b.jsonl", {"instruction": None, "input": "x", "output": "y"}))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_words_that_pandas_takes_for_missing_values_or_numbers_stay_text(small, tmp_path, streaming):
+    words = ["None", "NA", "null", "nan", "007", "1.0", "1e5", "true", "a, b", "2025-01-01"]
+    (tmp_path / "a.csv").write_text("text,n\n" + "".join(f'"{word}",1\n' for word in words))
+    assert texts(read(small, tmp_path / "a.csv", streaming=streaming)) == sorted(words)
+    (tmp_path / "b.csv").write_text("text\n007\n1.50\n")  # a column of numbers only
+    assert texts(read(small, tmp_path / "b.csv", streaming=streaming)) == ["007", "1.50"]
+
+
+def test_marks_and_line_ends_are_no_text(small, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    (tmp_path / "A.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "one\\ntwo"}\r\n\r\n')
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbftext\r\n"one\ntwo"\r\n')
+    for name in ("a.txt", "A.JSONL", "a.csv"):
+        assert texts(read(small, tmp_path / name)) == ["one\ntwo"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
+def test_a_file_that_is_not_utf8_is_named_with_the_line(small, tmp_path, name, encoding, streaming):
+    lines = ["text", "two", "café"]
+    if "json" in name:
+        lines = [json.dumps({"text": text}, ensure_ascii=False) for text in lines]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_bytes("\n".join([*lines, ""]).encode(encoding))
+    line = 3 if encoding == "latin-1" else 1
+    with pytest.raises(UsageError, match=rf"data/{name}, line {line} is not UTF-8 .*iconv") as error:
+        read(small, tmp_path / "data", streaming=streaming)
+    assert "\n" not in str(error.value)
+
+
+def test_a_stream_that_breaks_late_is_one_line(small, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "x"}\n' * 800_000 + b'{"text": "caf\xe9"}\n')
+    with pytest.raises(UsageError, match=r"a\.jsonl, line 800001 is not UTF-8"):
+        for _ in documents_of(open_source(small(dataset=str(file), eval_dataset="embedded", streaming=True), "train")):
+            pass
 
 
 USER = '{"role": "user", "content": "hi"}'
@@ -115,22 +311,28 @@ USER = '{"role": "user", "content": "hi"}'
         ("a.txt", "", ["a.txt", "no file with text"]),
         ("a.jsonl", "", ["a.jsonl", "no file with text"]),
         ("a.jsonl", "\n\n", ["a.jsonl"]),
-        ("a.txt", b"caf\xe9 " * 9, ["a.txt", "utf-8", "position 3"]),
-        ("a.jsonl", '{"text": "x"}\n{"text": ', ["a.jsonl", "JSON parse error", "in row 1"]),
-        ("a.jsonl", '{"text": "x"}\n\n[1]', ["a.jsonl", "changed from object to array in row 1"]),
+        ("a.txt", b"caf\xe9 " * 9, ["a.txt", "line 1 is not UTF-8", "position 3"]),
+        ("a.jsonl", '{"text": "x"}\n{"text": ', ["a.jsonl", "row 2 is not valid JSON", '{"text": ']),
+        ("a.jsonl", '{"text": "x"}\n\n[1]', ["a.jsonl", "row 3 has", "[1]", "expected a JSON object"]),
         ("a.jsonl", '{"body": "x"}', ["a.jsonl", "columns body", "--text_column (now text)"]),
         ("a.jsonl", '{"text": "x"}\n{"other": 1}', ["a.jsonl", "row 2", "'text'", "None"]),
+        ("a.jsonl", '{"text": "x"}\n{"text": "half \\ud83d"}', ["a.jsonl", "row 2 is not valid JSON", "ud83d"]),
+        ("a.csv", "text\nhello, world\n", ["a.csv", "row 1 has more fields than the header"]),
+        ("a.csv", "id,text\n1\n2,x\n", ["a.csv", "row 1 has None"]),
+        ("a.csv", 'id,text\n1,""\n2,x\n', ["a.csv", "row 1 has None"]),
+        ("a.jsonl", '{"messages": [], "tools": "x"}', ["row 1", "expected JSON, not 'x'"]),
+        ("a.jsonl", '{"messages": [], "tools": {"a": 1}}', ["row 1", "'tools'", "expected a list of definitions"]),
         ("a.jsonl", '{"text": 3}', ["row 1", "'text'", "has 3"]),
         ("a.md", "x", ["a.md", "no file with text", ".jsonl"]),
         ("a.jsonl", f'{{"messages": [{USER}, {{"role": "gpt", "content": "x"}}]}}', ["row 1", "roles system", "'gpt'"]),
         (
             "a.jsonl",
-            '{"messages": [{"from": "human", "value": "x"}]}',
+            '{"messages": [{"from": "narrator", "value": "x"}]}',
             ["row 1", "expected a list of messages", "'from'"],
         ),
-        ("a.jsonl", '{"messages": "hi"}', ["row 1", "'messages'", "has 'hi', expected"]),
+        ("a.jsonl", '{"messages": "hi"}', ["row 1 expected JSON, not 'hi'"]),
         ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', ["row 1", "'content': 3"]),
-        ("a.jsonl", '{"prompt": 3, "completion": "x"}', ["row 1", "'prompt'", "has 3, expected"]),
+        ("a.jsonl", '{"prompt": 3, "completion": "x"}', ["row 1 has 3 in column 'prompt', expected"]),
         ("a.parquet", "PAR1", ["a.parquet"]),
     ],
 )
@@ -164,7 +366,7 @@ def test_a_split_that_is_not_there_or_empty_or_broken_is_named(small, tmp_path, 
     with pytest.raises(UsageError, match=r"a\.jsonl.*train.*--dataset_split"):
         read(small, file, dataset_split="test", streaming=streaming)
     file.write_text('{"text": "x"}\n{"text": ')
-    with pytest.raises(UsageError, match=r"a\.jsonl could not be loaded: JSON parse error.* in row 1"):
+    with pytest.raises(UsageError, match=r"a\.jsonl.* row 2 is not valid JSON"):
         read(small, file, streaming=streaming)
     datasets.Dataset.from_dict({"text": []}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(UsageError, match=r"a\.parquet.* (is empty|corresponds to no data)"):

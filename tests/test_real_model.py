@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdkit.data import Rows, collate, load_rows, pack
 from kdkit.data.chat import make_rows
-from kdkit.data.sources import Document
+from kdkit.data.records import Document
 from kdkit.losses import IGNORE_INDEX
 from kdkit.models import BodyAndHead, check_pair, load_teacher, load_tokenizer, student_from_layers
 from kdkit.train import train

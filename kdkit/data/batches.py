@@ -23,8 +23,13 @@ from kdkit.running.files import publish
 from kdkit.running.hub import explain
 
 KEYS = ("input_ids", "labels", "position_ids")
+REMARKS = {  # of kdkit.data.chat on conversations
+    "hidden": "the chat template does not show all of a message or a tool, or changes it",
+    "endless": "a turn of the assistant has no token that ends it, so stopping is not learned",
+    "per_turn": "a sample for each turn, as the chat template renders a turn in another way when others follow",
+}
 PACK_TOKENS = 2**22  # tokens that are packed together: enough to fill the rows well, few enough for memory
-CACHE_VERSION = 3  # increase it when the same data and settings give other rows
+CACHE_VERSION = 4  # increase it when the same data and settings give other rows
 
 
 class Rows(Sequence):
@@ -219,12 +224,13 @@ def _write_rows(folder: Path, source: Source, config: DistillConfig, tokenizer) 
     import pyarrow as pa
     from tqdm import tqdm
 
-    counts = Counter(kind=f"{source.kind} of column {' and '.join(source.columns)}")
-    samples = tokenize(documents_of(source), config.num_proc, tokenizer, config.max_length, config.truncation_mode)
+    counts = Counter(kind=source.reading)
+    job = (tokenizer, config.max_length, config.truncation_mode, config.chat_template_options)
+    samples = tokenize(documents_of(source), config.num_proc, *job)
 
     def made() -> Iterator[dict]:
-        for rows, too_long in tqdm(samples, f"tokenise {source.name}", unit=" samples", delay=2):
-            counts.update(samples=1, too_long=too_long, dropped=not rows)
+        for rows, remarks in tqdm(samples, f"tokenise {source.name}", unit=" samples", delay=2):
+            counts.update(samples=1, dropped=not rows, **dict.fromkeys(remarks, 1))
             yield from rows
 
     limited = _up_to(made(), getattr(config, f"max_{source.part}_tokens") or math.inf)
@@ -251,6 +257,7 @@ def describe_rows(rows: Sequence[dict], config: DistillConfig) -> str:
     return (
         f"{counts['samples']:,} {counts['kind']}: {counts['too_long']:,} have over {config.max_length:,} tokens "
         f"({mode}); {counts['dropped']:,} are left out, as they have no token in the loss"
+        + "".join(f"; {counts[key]:,} of {counts['samples']:,}: {text}" for key, text in REMARKS.items() if counts[key])
     )
 
 
