@@ -206,14 +206,14 @@ class DistillConfig(RunFields, OptimizationFields, OnPolicyFields, LossFields, D
         check(0 < self.beta < 1, "beta", "0 < beta < 1; for the ends use forward_kl or reverse_kl")
         check(0 <= self.skew < 1, "skew", "0 <= skew < 1 (0.1 is usual)")
         check(0 < self.eval_fraction < 1, "eval_fraction", "a fraction between 0 and 1")
-        check(0 <= self.warmup_ratio <= 1, "warmup_ratio", "a fraction from 0 to 1")
+        for name in ("warmup_ratio", "on_policy"):
+            check(0 <= getattr(self, name) <= 1, name, "a fraction from 0 to 1")
         check(self.weight_decay >= 0, "weight_decay", "0 or more")
         check(self.max_grad_norm > 0, "max_grad_norm", "a number above 0 (inf switches clipping off)")
         check(self.num_epochs > 0, "num_epochs", "a number above 0")
         check(self.learning_rate is None or self.learning_rate > 0, "learning_rate", "a number above 0, or null")
         check(self.max_length >= 2, "max_length", "at least 2")
         check(self.targets == "online" or self.targets_dir, "targets_dir", f"a folder, as targets is {self.targets}")
-        check(0 <= self.on_policy <= 1, "on_policy", "the share of steps on the student's own text, from 0 to 1")
         if self.writes_own_text:
             check(self.targets == "online", "targets", "online with own text, which is written during the run")
             check(self.packing is not True, "packing", "false or null with own text, since a row is one prompt")
@@ -267,12 +267,6 @@ FIELDS = {field.name: field for field in dataclasses.fields(DistillConfig)}
 PATHS = {
     "teacher_model", "student_model", "targets_dir", "dataset", "chat_template", "eval_dataset", "output_dir", "resume"
 }  # fmt: skip
-REMOVED = {  # fields of earlier versions: the default they had, and what replaces them
-    "export_dtype": ("float32", "final/ has float32 weights; load them with dtype=torch.bfloat16"),
-    "group_by_length": (False, "packing: true leaves little padding, too"),
-    "on_failed_save": ("stop", "a run stops if a checkpoint cannot be written, and keeps the earlier ones"),
-    **dict.fromkeys(("teacher_revision", "student_revision", "dataset_revision"), (None, "write id@revision")),
-}
 
 
 def load_config(argv: list[str] | None = None, command: str = "python -m kdkit.train") -> DistillConfig:
@@ -326,8 +320,6 @@ def _read_yaml(path: str) -> list[str]:
         raise UsageError(f"{path} is not valid YAML in UTF-8: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path} holds a {type(values).__name__}, expected lines of `field: value`")
-    # config.yaml of an earlier version has the removed fields; their defaults change nothing
-    values = {name: value for name, value in values.items() if value != REMOVED.get(name, [...])[0]}
     for name in values:
         _check_name(str(name), path)
     return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()]
@@ -336,8 +328,6 @@ def _read_yaml(path: str) -> list[str]:
 def _check_name(name: str, where: str, prefix: str = "") -> None:
     if name in FIELDS:
         return
-    if name in REMOVED:
-        raise UsageError(f"{where} has the field {prefix}{name}, which was removed: {REMOVED[name][1]}")
     nearest = difflib.get_close_matches(name.replace("-", "_"), FIELDS, n=1, cutoff=0.5)
     hint = f"did you mean {prefix}{nearest[0]}?" if nearest else "python -m kdkit.train --help lists the fields"
     raise UsageError(f"{where} has an unknown field {prefix}{name}: {hint}")

@@ -19,7 +19,6 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,15 +30,6 @@ from kdkit.config import DistillConfig, UsageError
 from kdkit.data import Steps
 from kdkit.evaluate import evaluate
 from kdkit.losses import IGNORE_INDEX
-
-
-class Writing(NamedTuple):
-    """What was written in a step on one rank: rows, their generated tokens, rows without an end, and seconds."""
-
-    rows: int
-    tokens: int
-    cut: int
-    seconds: float
 
 
 class OwnText:
@@ -71,9 +61,8 @@ class OwnText:
         self.seconds, self.since = 0.0, time.perf_counter()
         # nothing of the student's own generation config: it may contain a top_k, a temperature or a penalty
         self.generation_config = GenerationConfig(
-            max_new_tokens=config.max_new_tokens, do_sample=False, use_cache=True,
-            pad_token_id=self.pad_token_id, eos_token_id=self.eos_token_ids,
-        )  # fmt: skip
+            do_sample=False, use_cache=True, pad_token_id=self.pad_token_id, eos_token_id=self.eos_token_ids
+        )
 
     def prompt(self, row: dict) -> list[int]:
         """Return the tokens that the student continues.
@@ -87,11 +76,8 @@ class OwnText:
         first = next((i for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX), len(ids) - 1)
         return ids[: first + 1]  # labels are shifted: the label of the last of these tokens is the first in the loss
 
-    def rows(
-        self, student: nn.Module, rows: Sequence[dict], row_ids: Sequence[int], step: int
-    ) -> tuple[list[dict], Writing]:
+    def rows(self, student: nn.Module, rows: Sequence[dict], row_ids: Sequence[int], step: int) -> list[dict]:
         """Continue the prompts of some rows. Every rank calls this in every step on own text, also without rows."""
-        start = time.perf_counter()
         prompts = [self.prompt(row) for row in rows] or [[self.pad_token_id]]
         seeds = [[self.config.seed, step, abs(row), int(row < 0)] for row in row_ids] or [[0]]  # held-out rows are < 0
         numbers = np.stack([np.random.default_rng(seed).random(self.config.max_new_tokens) for seed in seeds])
@@ -102,10 +88,7 @@ class OwnText:
             ids = (prompt + tokens[: ends[0] + 1 if ends else None])[: self.config.max_length + 1]
             labels = [IGNORE_INDEX] * (len(prompt) - 1) + ids[len(prompt) :]
             made.append({"input_ids": ids[:-1], "labels": labels, "position_ids": list(range(len(labels)))})
-        made = made[: len(rows)]
-        lengths = [sum(label != IGNORE_INDEX for label in row["labels"]) for row in made]
-        cut = sum(row["labels"][-1] not in self.eos_token_ids for row in made)
-        return made, Writing(len(made), sum(lengths), cut, time.perf_counter() - start)
+        return made[: len(rows)]
 
     def take(
         self, student: nn.Module, steps: Steps, micro_batches: list[dict], step: int
@@ -117,19 +100,42 @@ class OwnText:
         """
         metrics = {"on_policy": float(is_on_policy(self.config, step))}
         if metrics["on_policy"]:
-            row_ids = [index for batch in micro_batches for index in batch["row_ids"]]
-            rows, writing = self.rows(student, [steps.rows[index] for index in row_ids], row_ids, step)
-            rest = iter(rows)
+            start, row_ids = time.perf_counter(), [index for batch in micro_batches for index in batch["row_ids"]]
+            rows = self.rows(student, [steps.rows[index] for index in row_ids], row_ids, step)
+            self.seconds += time.perf_counter() - start
+            cut, rest = sum(row["labels"][-1] not in self.eos_token_ids for row in rows), iter(rows)
             micro_batches = [
                 {**steps.collate(list(itertools.islice(rest, len(batch["row_ids"])))), "row_ids": batch["row_ids"]}
                 for batch in micro_batches
             ]
-            self.seconds += writing.seconds
-            counts = torch.tensor(writing[:3], device=self.accelerator.device)
-            rows, tokens, cut = self.accelerator.reduce(counts, "sum").tolist()
+            counts = torch.tensor([len(rows), sum(len(batch["valid"]) for batch in micro_batches), cut])
+            rows, tokens, cut = self.accelerator.reduce(counts.to(self.accelerator.device), "sum").tolist()
             metrics |= {"own_length": tokens / rows, "own_cut": cut / rows}
         metrics["writing_time"] = self.seconds / (time.perf_counter() - self.since)
         return micro_batches, metrics
+
+    def check(self, student: nn.Module, rows: Sequence[dict]) -> None:
+        """Write a few tokens after prompts of several lengths, together and alone, before the first step.
+
+        Raises:
+            UsageError: most of them differ, or the model cannot write in a batch.
+        """
+        ids = list(itertools.islice(itertools.chain.from_iterable(row["input_ids"] for row in rows), 16))
+        prompts = [ids[: len(ids) * n // 8 or 1] for n in (1, 2, 4, 5, 7, 8)]
+        numbers = np.random.default_rng(0).random((len(prompts), min(4, self.config.max_new_tokens)))
+        try:
+            together = self._generate(student, prompts, numbers)
+            alone = [self._generate(student, prompts[i : i + 1], numbers[i : i + 1]) for i in range(len(prompts))]
+            width = min(tokens.shape[1] for tokens in (together, *alone))  # rows that end early are padded
+            same = [torch.equal(a[0, :width], b[:width]) for a, b in zip(alone, together, strict=True)]
+            fault = None if sum(same) > len(same) / 2 else "it writes another text beside other prompts than alone"
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            fault = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        if fault:
+            name = type(getattr(student, "module", student).model).__name__
+            raise UsageError(
+                f"on_policy cannot be used with a {name} ({fault}): set on_policy to 0, or choose another student"
+            )
 
     @torch.no_grad()
     def _generate(self, student: nn.Module, prompts: list[list[int]], numbers: np.ndarray) -> Tensor:
@@ -142,7 +148,7 @@ class OwnText:
         with _ready_to_write(student, self.generation_config) as (generate, sharded), self.accelerator.autocast():
             output = generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), synced_gpus=sharded,
-                logits_processor=LogitsProcessorList([draw]),
+                logits_processor=LogitsProcessorList([draw]), max_new_tokens=numbers.shape[1],
             )  # fmt: skip
         return output[:, width:]
 
@@ -209,7 +215,7 @@ def own_text_metrics(
     mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
     for start in range(0, math.ceil(len(rows) / accelerator.num_processes), config.batch_size):
         chosen = mine[start : start + config.batch_size]
-        written, _ = own_text.rows(student, [rows[index] for index in chosen], [-1 - index for index in chosen], 0)
+        written = own_text.rows(student, [rows[index] for index in chosen], [-1 - index for index in chosen], 0)
         for index, row in zip(chosen, written, strict=True):
             own[index] = row
     late = [{**row, "labels": _late(row["labels"], config.max_new_tokens)} if row else {} for row in own]

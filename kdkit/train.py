@@ -201,6 +201,7 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
         texts = "texts" in str(train_rows.counts["kind"])
         writer = OwnText(config, tokenizer, model.model.config.eos_token_id, pair.vocab_size, texts,
                          min(contexts, default=None), accelerator)  # fmt: skip
+        writer.check(student, train_rows)
 
     def measure(step: int) -> None:
         metrics = evaluate(student, teacher, eval_rows, config, pad_token_id=tokenizer.pad_token_id,

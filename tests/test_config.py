@@ -122,11 +122,10 @@ def test_recipe_is_a_valid_configuration_with_its_own_output_dir(recipe):
     "argv, named",
     [
         (["--streaming", "true"], ["max_train_tokens is None", "streaming"]),
-        (["--group_by_length", "true"], ["--group_by_length", "was removed", "packing"]),
         (["--truncation_mode", "middle"], ["truncation_mode", "keep_start"]),
     ],
 )
-def test_incompatible_or_removed_fields_raise_an_error_that_names_them(argv, named):
+def test_incompatible_fields_raise_an_error_that_names_them(argv, named):
     with pytest.raises(ValueError) as error:
         load_config(argv)
     assert all(word in str(error.value) for word in named), str(error.value)
@@ -184,12 +183,6 @@ def test_python_m_kdkit_prints_the_folder_of_the_accelerate_configurations():
     command = [sys.executable, "-m", "kdkit", "accelerate_configs"]
     folder = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
     assert (folder / "fsdp.yaml").is_file()
-
-
-def test_removed_field_is_accepted_at_its_old_default_and_otherwise_refused(tmp_path):
-    read_config(write(tmp_path / "r.yaml", "group_by_length: false\non_failed_save: stop\nteacher_revision: null"))
-    with pytest.raises(UsageError, match=r"teacher_revision, which was removed: write id@revision"):
-        read_config(write(tmp_path / "r.yaml", "teacher_revision: v2"))
 
 
 def test_default_learning_rate_depends_on_whether_the_student_is_pretrained():
