@@ -267,7 +267,7 @@ def test_rows_that_would_leave_the_context_are_refused(small):
 def test_students_that_do_not_write_the_same_in_a_batch_are_refused(small, tokenizer, family):
     student, own_text = BodyAndHead(tiny(family)), writer(on_policy(small), tokenizer)
     if family in ("rwkv", "bart"):
-        with pytest.raises(UsageError, match="cannot be used with a (RwkvForCausalLM .it writes another|Bart)"):
+        with pytest.raises(UsageError, match=r"cannot be used with a (RwkvForCausalLM .it writes another|Bart)"):
             own_text.check(student, prompts(30))
     else:
         own_text.check(student, prompts(30))
