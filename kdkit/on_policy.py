@@ -32,6 +32,18 @@ from kdkit.evaluate import evaluate
 from kdkit.losses import IGNORE_INDEX
 
 
+def open_writer(config, tokenizer, student, teacher, vocab_size: int, rows, accelerator) -> "OwnText | None":
+    """Return what writes the student's text in a run, after a check of the student; None if the run has no own text."""
+    if not config.writes_own_text:
+        return None
+    body = getattr(student, "module", student)
+    context = min((model.context for model in (body, teacher) if model.context), default=None)
+    texts = "texts" in str(rows.counts["kind"])
+    writer = OwnText(config, tokenizer, body.model.config.eos_token_id, vocab_size, texts, context, accelerator)
+    writer.check(student, rows)
+    return writer
+
+
 class OwnText:
     """Writes rows: `own_text.rows(student, rows, row_ids, step)`.
 

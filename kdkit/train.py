@@ -23,7 +23,7 @@ from .evaluate import check_copy, describe_metrics, evaluate, evaluation_batches
 from .fused import fused_kd_loss, should_compile
 from .losses import KDLoss, dense_kd_loss
 from .models import BodyAndHead, check_export, check_models, check_pair, examine, load_student, load_tokenizer
-from .on_policy import OwnText, own_text_metrics
+from .on_policy import open_writer, own_text_metrics
 from kdkit.running.checkpoint import (
     check_inputs, export, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
 )
@@ -195,13 +195,7 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
     tracker = Tracker(config, step=start, enabled=accelerator.is_main_process, watch=watch)
     accelerator.print(f"teacher  {teacher.placement}\n{tracker.where}")
 
-    writer = None
-    if config.writes_own_text:
-        contexts = [model.context for model in (teacher, model) if model.context]
-        texts = "texts" in str(train_rows.counts["kind"])
-        writer = OwnText(config, tokenizer, model.model.config.eos_token_id, pair.vocab_size, texts,
-                         min(contexts, default=None), accelerator)  # fmt: skip
-        writer.check(student, train_rows)
+    writer = open_writer(config, tokenizer, student, teacher, pair.vocab_size, train_rows, accelerator)
 
     def measure(step: int) -> None:
         metrics = evaluate(student, teacher, eval_rows, config, pad_token_id=tokenizer.pad_token_id,
