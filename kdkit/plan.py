@@ -1,8 +1,8 @@
 """Report the memory, the disk and the hours that a run needs, from two config.json, before any weight is downloaded.
 
-    python -m kdkit.plan --config recipes/x.yaml [--gpu h100] [--memory 80] [--gpus 8] [--mfu 0.4]
-                         [--accelerate_config accelerate_configs/fsdp.yaml] [--field value ...]
+    python -m kdkit.plan --config recipes/x.yaml --gpu h100 --gpus 8 --accelerate_config accelerate_configs/fsdp.yaml
 
+`--memory` overrides the GPU's GB, `--mfu 0.4` is the fraction of its peak that is reached; `--field value` as usual.
 The real training step runs on tensors that have a shape but no storage (`FakeTensorMode`), and `LiveTensors` adds up
 those that are alive, at the moment when they are most. For a student of P parameters:
 
@@ -14,7 +14,7 @@ those that are alive, at the moment when they are most. For a student of P param
     loss         both models' logits of a chunk of tokens; the gradients of the hidden states and of the head
     gathered     the sharded weights in use: embedding and head, the layer that runs, and the next one
     buckets      gradients on their way to other ranks: 4 P with DDP, those of a layer with FSDP
-
+    allowance    not measured: CUDA's context, cuBLAS, NCCL (1 GB), and the allocator's fragmentation (5 %)
 FSDP divides the first three by the number of ranks, but not the gradients if there are several micro-batches.
 
 FLOP per token: 2 per weight in a forward pass (without the input embedding; all experts counted), and for attention
@@ -52,7 +52,7 @@ from kdkit.train import make_loss, make_optimizer, train_step
 GPUS = {  # dense bf16 TFLOP/s (fp32 sums) and GB: NVIDIA's data sheets, SXM if there is a choice; 4090: Ada white paper
     "a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "b200": (2250, 180), "l40s": (362, 48), "4090": (165, 24),
 }  # fmt: skip
-GB, CONTEXT, FRAGMENTS = 1e9, 1e9, 0.05  # the allowance for what is not a tensor: bytes, and a fraction of the tensors
+GB, CONTEXT, FRAGMENTS = 1e9, 1e9, 0.05  # the allowance is CONTEXT bytes, and this fraction of the tensors
 
 
 class Launch(NamedTuple):
@@ -113,15 +113,14 @@ def build(config: DistillConfig, launch: Launch) -> list[BodyAndHead]:
     if layers is not None:
         configs.append(copy.deepcopy(configs[0]))
         configs[1].num_hidden_layers = layers if isinstance(layers, int) else len(layers)
-    # FSDP gathers bf16 weights: autocast then has nothing to copy
-    student_dtype = torch.bfloat16 if launch.fsdp and launch.precision == "bf16" else torch.float32
-    dtypes = (teacher_dtype(config, launch.precision), student_dtype)
-    # flash attention, which may not be installed here, needs about the memory of sdpa
-    attention = config.attn_implementation if config.attn_implementation == "eager" else None
+    halves = launch.fsdp and launch.precision == "bf16"  # FSDP gathers bf16 weights: autocast has nothing to copy
+    dtypes = teacher_dtype(config, launch.precision), torch.bfloat16 if halves else torch.float32
+    attention = "eager" if config.attn_implementation == "eager" else None  # flash attention needs the memory of sdpa
     options = {"attn_implementation": attention, "trust_remote_code": config.trust_remote_code}
     both = [AutoModelForCausalLM.from_config(x, dtype=y, **options) for x, y in zip(configs, dtypes, strict=True)]
     if launch.checkpointing:
-        both[1].gradient_checkpointing_enable()
+        enable = both[1].gradient_checkpointing_enable  # the name before transformers 5.24
+        getattr(both[1], "activation_checkpointing_enable", enable)()
     return [BodyAndHead(both[0].requires_grad_(False).eval()), BodyAndHead(both[1].train())]
 
 
@@ -144,7 +143,7 @@ def shares(config: DistillConfig, launch: Launch, teacher, student, memory: floa
     if launch.fsdp:
         wide = 4 / next(student.parameters()).itemsize  # a rank's part is fp32, whatever the layers compute with
         factors |= dict.fromkeys(("student", "optimizer", "gradients"), 0 if launch.offload else wide / launch.ranks)
-        if config.gradient_accumulation_steps > 1:  # ranks exchange gradients in the last micro-batch
+        if config.gradient_accumulation_steps > 1:  # ranks exchange gradients in the last micro-batch only
             factors["gradients"] = wide
         gathered, largest, buckets = own_rest, own_layer, wide * own_layer
     if place != "replicate":
@@ -153,10 +152,7 @@ def shares(config: DistillConfig, launch: Launch, teacher, student, memory: floa
 
 
 def measure(config: DistillConfig, launch: Launch, memory: float = 80 * GB) -> tuple[dict[str, float], str, tuple]:
-    """Run an optimizer step. Returns each part's bytes at the peak, the teacher's placement, teacher and student.
-
-    `memory`, the bytes of a GPU, decides where the placement auto keeps the teacher.
-    """
+    """Run an optimizer step. Returns the bytes of each part at the peak, the teacher's placement, and both models."""
     operands, on_gpu = fused._model, {}
     if not launch.on_cpu:  # the tensors are the CPU's: let the loss use chunks and heads as on a GPU
         on_gpu = {name: {"cpu": getattr(fused, name)["gpu"]} for name in ("CHUNK_TOKENS", "BLOCK_ELEMENTS")}
@@ -210,12 +206,8 @@ def measure(config: DistillConfig, launch: Launch, memory: float = 80 * GB) -> t
             train_step(model, targets, steps[0], counted_loss, accelerator)
             clip_gradients(model, config.max_grad_norm, accelerator)
             optimizer.step()
-    return {**live.peak, **extra}, place, (teacher, student)
-
-
-def needed(parts: dict[str, float]) -> float:
-    """Return the bytes that a GPU must have: the parts, and the allowance."""
-    return CONTEXT + (1 + FRAGMENTS) * sum(parts.values())
+    parts = {**live.peak, **extra}
+    return {**parts, "allowance": CONTEXT + FRAGMENTS * sum(parts.values())}, place, (teacher, student)
 
 
 def count_steps(config: DistillConfig, launch: Launch) -> tuple[int, int | None]:
@@ -256,29 +248,30 @@ def forward_flop(model: BodyAndHead, length: int) -> float:
 def report(config: DistillConfig, launch: Launch, tflops: float, memory: float, mfu: float) -> Iterator[str]:
     """Yield the lines of the table, for GPUs of `memory` bytes that reach the fraction `mfu` of `tflops`."""
     parts, place, (teacher, student) = measure(config, launch, memory)
-    (rows, steps), size, need = count_steps(config, launch), student.num_parameters, needed(parts)
+    (rows, steps), size, need = count_steps(config, launch), student.num_parameters, sum(parts.values())
     tokens, online = rows * config.max_length, config.targets == "online"
     flop = forward_flop(student, config.max_length) * (4 if launch.checkpointing else 3)
     flop += forward_flop(teacher, config.max_length) * (online and config.alpha < 1)
     seconds = flop * tokens / (launch.ranks * tflops * 1e12 * mfu)
-    yield f"teacher  {teacher.num_parameters / 1e6:,.1f} M parameters, {place if online else 'not loaded'}"
-    yield f"student  {size / 1e6:,.1f} M parameters{', sharded' if launch.fsdp else ''}"
+    name = config.student_model if config.student_layers is None else "from layers of the teacher"
+    where = place if online else f"not loaded: targets {config.targets}"
+    yield f"teacher  {config.teacher_model}: {teacher.num_parameters / 1e6:,.1f} M parameters, {where}"
+    yield f"student  {name}: {size / 1e6:,.1f} M parameters{', sharded' if launch.fsdp else ''}"
     yield f"step     {rows} rows of {config.max_length:,} = {tokens:,} tokens, {launch.ranks} ranks, {launch.precision}"
     yield "memory   GB of a rank, at the peak of a step"
     yield from (f"         {count / GB:8.2f}  {part}" for part, count in parts.items() if count)
-    yield f"         {sum(parts.values()) / GB:8.2f}  all tensors"
-    yield f"         {need / GB:8.2f}  with a guess of {CONTEXT / GB:g} GB (CUDA, NCCL) and {FRAGMENTS:.0%} (fragmentation)"
+    yield f"         {need / GB:8.2f}  needed"
     yield f"         {memory / GB:8.2f}  available: the run {'fits' if need <= memory else 'does not fit'}"
     for change, *changed in remedies(config, launch):
         if need <= memory:
             break
-        before, need = need, needed(measure(*changed, memory)[0])
+        before, need = need, sum(measure(*changed, memory)[0].values())
         if need < before:
             yield f"change   {need / GB:8.2f}  {change}"
     if need > memory:
-        yield "         All changes together are not enough: more GPUs, a smaller max_length, or smaller models"
-    copies = config.keep_checkpoints + 1  # a new checkpoint is complete before the oldest is removed
-    yield f"disk     {(copies * 12 + 4) * size / GB:8.2f}  GB for {copies} checkpoints and final/"
+        yield "         even so it does not fit: more GPUs, a smaller max_length, or smaller models"
+    # a new checkpoint is complete before the oldest is removed
+    yield f"disk     {(config.keep_checkpoints * 12 + 16) * size / GB:8.2f}  GB for the checkpoints and final/"
     if not online:
         head = teacher.model.get_output_embeddings().weight
         width = head.shape[1] * head.itemsize if config.targets == "hidden" else 6 * config.top_k
@@ -288,7 +281,7 @@ def report(config: DistillConfig, launch: Launch, tflops: float, memory: float, 
     if steps:
         yield f"         {steps * seconds / 3600:8.2f}  hours for {steps:,} steps, {steps * tokens / 1e6:,.1f} M tokens"
     else:
-        yield "          unknown  hours: they depend on the data; give max_steps or max_train_tokens"
+        yield "          unknown  hours: the data decides the number of steps; give max_steps or max_train_tokens"
 
 
 def read_launch(path: str | None, gpus: int | None) -> Launch:
@@ -297,31 +290,28 @@ def read_launch(path: str | None, gpus: int | None) -> Launch:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else {}
         fsdp = values.get("fsdp_config", {})
     except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise UsageError(
-            f"--accelerate_config {path} is no YAML file of accelerate ({type(error).__name__})"
-        ) from error
+        raise UsageError(f"--accelerate_config {path} is not a file of accelerate: {type(error).__name__}") from error
     options = [fsdp.get(f"fsdp_{name}", False) for name in ("offload_params", "activation_checkpointing")]
     ranks, precision = gpus or values.get("num_processes", 1), values.get("mixed_precision", "bf16")
-    return Launch(ranks, values.get("distributed_type") == "FSDP", precision, values.get("use_cpu", False), *options)
+    is_fsdp = values.get("distributed_type") == "FSDP"
+    if precision not in ("bf16", "no") or ranks < 1 + is_fsdp:
+        raise UsageError(f"mixed_precision {precision} on {ranks} ranks: expected bf16 or no, and two ranks for FSDP")
+    return Launch(ranks, is_fsdp, precision, values.get("use_cpu", False), *options)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the arguments that are not fields of a run here, and the others as `python -m kdkit.train` does."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--gpu", default="h100")
-    first.add_argument("--memory", type=float)
-    first.add_argument("--gpus", type=int)
-    first.add_argument("--mfu", type=float, default=0.4)
-    first.add_argument("--accelerate_config")
+    for name, kind in {"gpu": str, "memory": float, "gpus": int, "mfu": float, "accelerate_config": str}.items():
+        first.add_argument(f"--{name}", type=kind)
     try:
         given, rest = first.parse_known_args(sys.argv[1:] if argv is None else argv)
         config = load_config(rest, "python -m kdkit.plan [--gpu h100] [--memory 80] [--gpus 8] [--mfu 0.4]")
         launch = read_launch(given.accelerate_config, given.gpus)
         launch = launch._replace(checkpointing=launch.checkpointing or getattr(config, "gradient_checkpointing", False))
-        if given.gpu not in GPUS:
-            raise UsageError(f"--gpu is {given.gpu}, expected one of {', '.join(GPUS)}; --memory overrides its GB")
-        tflops, memory = GPUS[given.gpu]
-        for line in report(config, launch, tflops, (given.memory or memory) * GB, given.mfu):
+        if (gpu := given.gpu or "h100") not in GPUS:
+            raise UsageError(f"--gpu is {gpu}, expected one of {', '.join(GPUS)}; --memory overrides its GB")
+        for line in report(config, launch, GPUS[gpu][0], (given.memory or GPUS[gpu][1]) * GB, given.mfu or 0.4):
             print(line, flush=True)
     except (UsageError, argparse.ArgumentError) as error:
         sys.exit(f"kdkit: {error}")
