@@ -3,19 +3,19 @@
     python -m kdkit.plan --config recipes/x.yaml --gpu h100 --gpus 8 --accelerate_config accelerate_configs/fsdp.yaml
 
 `--memory` overrides the GPU's GB, `--mfu 0.4` is the fraction of its peak that is reached; `--field value` as usual.
+
 The real training step runs on tensors that have a shape but no storage (`FakeTensorMode`), and `LiveTensors` adds up
-those that are alive, at the moment when they are most. For a student of P parameters:
+those alive at the peak. For P parameters of the student (FSDP divides the first three by the ranks):
 
     student      4 P bytes: the fp32 weights that AdamW changes
     optimizer    8 P: AdamW's two moments of each weight
-    gradients    4 P at the end of a backward pass, and from one micro-batch to the next
+    gradients    4 P at the end of a backward pass; kept for the next micro-batch, then undivided with FSDP, too
     copies       2 P: the bf16 weights that autocast makes for the matrix products
     activations  what the backward pass needs of each layer: grows with batch_size * max_length
     loss         both models' logits of a chunk of tokens; the gradients of the hidden states and of the head
     gathered     the sharded weights in use: embedding and head, the layer that runs, and the next one
     buckets      gradients on their way to other ranks: 4 P with DDP, those of a layer with FSDP
     allowance    not measured: CUDA's context, cuBLAS, NCCL (1 GB), and the allocator's fragmentation (5 %)
-FSDP divides the first three by the number of ranks, but not the gradients if there are several micro-batches.
 
 FLOP per token: 2 per weight in a forward pass (without the input embedding; all experts counted), and for attention
 4 * layers * heads * head_dim * max_length; in a backward pass twice that. Recomputing activations is a forward pass.
@@ -115,12 +115,11 @@ def build(config: DistillConfig, launch: Launch) -> list[BodyAndHead]:
         configs[1].num_hidden_layers = layers if isinstance(layers, int) else len(layers)
     halves = launch.fsdp and launch.precision == "bf16"  # FSDP gathers bf16 weights: autocast has nothing to copy
     dtypes = teacher_dtype(config, launch.precision), torch.bfloat16 if halves else torch.float32
-    attention = "eager" if config.attn_implementation == "eager" else None  # flash attention needs the memory of sdpa
+    attention = "eager" if config.attn_implementation == "eager" else None  # flash attention needs about that of sdpa
     options = {"attn_implementation": attention, "trust_remote_code": config.trust_remote_code}
     both = [AutoModelForCausalLM.from_config(x, dtype=y, **options) for x, y in zip(configs, dtypes, strict=True)]
     if launch.checkpointing:
-        enable = both[1].gradient_checkpointing_enable  # the name before transformers 5.24
-        getattr(both[1], "activation_checkpointing_enable", enable)()
+        (getattr(both[1], "activation_checkpointing_enable", None) or both[1].gradient_checkpointing_enable)()
     return [BodyAndHead(both[0].requires_grad_(False).eval()), BodyAndHead(both[1].train())]
 
 
@@ -143,8 +142,8 @@ def shares(config: DistillConfig, launch: Launch, teacher, student, memory: floa
     if launch.fsdp:
         wide = 4 / next(student.parameters()).itemsize  # a rank's part is fp32, whatever the layers compute with
         factors |= dict.fromkeys(("student", "optimizer", "gradients"), 0 if launch.offload else wide / launch.ranks)
-        if config.gradient_accumulation_steps > 1:  # ranks exchange gradients in the last micro-batch only
-            factors["gradients"] = wide
+        if config.gradient_accumulation_steps > 1:
+            factors["gradients"] = wide  # ranks exchange gradients in the last micro-batch only
         gathered, largest, buckets = own_rest, own_layer, wide * own_layer
     if place != "replicate":
         gathered, largest = gathered + rest, max(largest, layer)
@@ -206,8 +205,8 @@ def measure(config: DistillConfig, launch: Launch, memory: float = 80 * GB) -> t
             train_step(model, targets, steps[0], counted_loss, accelerator)
             clip_gradients(model, config.max_grad_norm, accelerator)
             optimizer.step()
-    parts = {**live.peak, **extra}
-    return {**parts, "allowance": CONTEXT + FRAGMENTS * sum(parts.values())}, place, (teacher, student)
+    extra["allowance"] = CONTEXT + FRAGMENTS * (live.peak.total() + sum(extra.values()))
+    return {**live.peak, **extra}, place, (teacher, student)
 
 
 def count_steps(config: DistillConfig, launch: Launch) -> tuple[int, int | None]:
@@ -270,8 +269,8 @@ def report(config: DistillConfig, launch: Launch, tflops: float, memory: float, 
             yield f"change   {need / GB:8.2f}  {change}"
     if need > memory:
         yield "         even so it does not fit: more GPUs, a smaller max_length, or smaller models"
-    # a new checkpoint is complete before the oldest is removed
-    yield f"disk     {(config.keep_checkpoints * 12 + 16) * size / GB:8.2f}  GB for the checkpoints and final/"
+    keep = config.keep_checkpoints + 1  # a new checkpoint is complete before the oldest is removed
+    yield f"disk     {(12 * keep + 4) * size / GB:8.2f}  GB for {keep} checkpoints and final/"
     if not online:
         head = teacher.model.get_output_embeddings().weight
         width = head.shape[1] * head.itemsize if config.targets == "hidden" else 6 * config.top_k
@@ -292,8 +291,8 @@ def read_launch(path: str | None, gpus: int | None) -> Launch:
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise UsageError(f"--accelerate_config {path} is not a file of accelerate: {type(error).__name__}") from error
     options = [fsdp.get(f"fsdp_{name}", False) for name in ("offload_params", "activation_checkpointing")]
-    ranks, precision = gpus or values.get("num_processes", 1), values.get("mixed_precision", "bf16")
-    is_fsdp = values.get("distributed_type") == "FSDP"
+    ranks, is_fsdp = gpus or values.get("num_processes", 1), values.get("distributed_type") == "FSDP"
+    precision = values.get("mixed_precision", "bf16")
     if precision not in ("bf16", "no") or ranks < 1 + is_fsdp:
         raise UsageError(f"mixed_precision {precision} on {ranks} ranks: expected bf16 or no, and two ranks for FSDP")
     return Launch(ranks, is_fsdp, precision, values.get("use_cpu", False), *options)
