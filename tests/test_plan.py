@@ -125,7 +125,14 @@ def test_fsdp_divides_the_states_by_the_number_of_ranks(small, pair, precision):
     for ranks in (2, 8):
         sharded = measure(config, Launch(ranks, True, precision))[0]
         assert [ranks * sharded[name] for name in names] == pytest.approx([alone[name] for name in names], rel=0.01)
-    assert sharded["gathered"] > sharded["teacher"]  # embedding, head and two layers are complete
+    both = measure(config, Launch(8, True, precision))[2]
+    layers = [sum(x.numel() for x in model.model.model.layers[0].parameters()) for model in both]
+    outside = [
+        model.num_parameters - len(model.model.model.layers) * layer for model, layer in zip(both, layers, strict=True)
+    ]
+    size = 4 if precision == "no" else 2  # bytes per gathered number
+    assert sharded["gathered"] == size * (sum(outside) + 2 * max(layers))
+    assert sharded["buckets"] == 4 * layers[1]  # gradients of a layer of the student, in fp32
     assert sharded.get("copies", 0) == 0
     later = replace(config, gradient_accumulation_steps=2)  # gradients are exchanged in the last micro-batch
     whole = part("gradients", later, Launch(precision=precision))
