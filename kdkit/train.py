@@ -13,7 +13,7 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import DistributedType, send_to_device, set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -25,7 +25,12 @@ from .losses import KDLoss, dense_kd_loss
 from .models import BodyAndHead, check_export, check_models, check_pair, examine, load_student, load_tokenizer
 from .on_policy import open_writer, own_text_metrics
 from kdkit.running.checkpoint import (
-    check_inputs, export, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
+    check_inputs,
+    export,
+    find_checkpoint,
+    load_checkpoint,
+    prepare_output_dir,
+    save_checkpoint,
 )
 from .running.devices import clip_gradients, leave_processes, start_accelerator
 from .running.nonfinite import stop_if_not_finite
@@ -102,8 +107,9 @@ def train_step(
     for index, batch in enumerate(micro_batches):
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
         targets = teacher(batch) if teacher else (None, None)  # soft targets, without gradients
-        is_last = index == len(micro_batches) - 1
-        with nullcontext() if is_last else accelerator.no_sync(student):  # ranks exchange gradients once per step
+        # DDP exchanges gradients once per step. FSDP does in each micro-batch: else each rank would keep all of them.
+        waits = index < len(micro_batches) - 1 and accelerator.distributed_type != DistributedType.FSDP
+        with accelerator.no_sync(student) if waits else nullcontext():
             # the sum over this micro-batch of alpha * CE + (1 - alpha) * T^2 * D, divided by num_items
             result = student(batch, loss_function, targets, batch, num_items)
             # DDP and FSDP average gradients over ranks, but these are parts of one sum: undo the average
