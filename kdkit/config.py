@@ -312,8 +312,6 @@ def _read_yaml(path: str) -> list[str]:
     """The fields of a YAML file as arguments of a command line, with the names checked."""
     try:
         values = yaml.safe_load(Path(path).read_bytes()) or {}  # bytes, since a byte order mark may say UTF-16
-    except FileNotFoundError:
-        raise UsageError(f"--config {path}: there is no such file") from None
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:

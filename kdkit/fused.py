@@ -264,15 +264,11 @@ def _logits(model: _Model, tokens: Tensor | slice, buffer: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where a is a transposed matrix and may have a smaller dtype."""
-    on_cpu = a.device.type == "cpu"
-    if total.dtype == torch.float32 != a.dtype and a.device.type == "cuda":
+    """total += a @ b, where both may have a smaller dtype than the total."""
+    if a.device.type == "cuda" and total.dtype == torch.float32 != a.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    elif total.dtype == a.dtype and not (on_cpu and a.dtype == torch.bfloat16):
-        total.addmm_(a, b)
-    else:  # the product with a transposed bf16 matrix is slow on a CPU
-        for part, rows in zip(total.split(4096), a.split(4096), strict=True):
-            part.addmm_(rows.to(part.dtype).contiguous(), b.to(part.dtype))
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 @contextmanager

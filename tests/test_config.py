@@ -62,7 +62,7 @@ def test_null_in_a_file_or_argument_is_read_as_none(tmp_path):
         (["--skew", "1"], ["skew is 1.0"]),
         (["--max_steps", "0"], ["max_steps is 0"]),
         (["--config"], ["--config", "YAML"]),
-        (["--config", "no/such.yaml"], ["no/such.yaml", "no such file"]),
+        (["--config", "no/such.yaml"], ["no/such.yaml", "No such file"]),
         (["stray"], ["stray"]),
     ],
 )
