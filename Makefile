@@ -17,7 +17,7 @@ installed = $(VENV)/.installed-$(1)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all real lint export lab notebooks outputs bench seeds teacher clean
+.PHONY: help demo test test-all test-gpu real lint export lab notebooks outputs bench seeds teacher clean
 .SECONDARY:
 
 help:  ## list the commands
@@ -41,6 +41,9 @@ test: $(call installed,dev)  ## the tests of a few minutes, on two cores
 
 test-all: $(call installed,dev)  ## the long tests: kills, launched ranks, notebooks, browser, real model, compiler
 	$(RUN) $(PYTEST) -m slow
+
+test-gpu: $(call installed,dev)  ## the tests that need a GPU; all others hide it
+	$(RUN) -m pytest --gpu tests/test_cuda.py
 
 # the folder that tests/test_real_model.py runs on, if it is there
 models/smollm2-135m-instruct: | $(call installed,dev)

@@ -1,4 +1,4 @@
-"""Settings and fixtures of all tests: one thread, no network, small runs with the embedded models."""
+"""Settings and fixtures of all tests: one thread, no network, no GPU, small runs with the embedded models."""
 
 import atexit
 import os
@@ -20,6 +20,16 @@ from kdkit import DistillConfig
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="let the tests see the GPUs: for tests/test_cuda.py")
+
+
+def pytest_configure(config):
+    """Hide GPUs: accelerate would choose them, and most tests compare numbers of a CPU."""
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items):

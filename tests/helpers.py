@@ -62,9 +62,11 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{TESTS / 'processes'}:{TESTS.parent}", **changes}
 
 
-def run_processes(program: list[str], timeout: float = LIMIT) -> subprocess.CompletedProcess:
+def run_processes(
+    program: list[str], timeout: float = LIMIT, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
     """Run a launcher and its ranks. No process remains after a timeout, or after pytest is killed."""
-    return subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(program, env=env or environment(), capture_output=True, text=True, timeout=timeout)
 
 
 def free_port() -> int:

@@ -18,9 +18,11 @@ from transformers import (
     Mamba2Config,
     Qwen3MoeConfig,
     SmolLM3Config,
+    masking_utils,
 )
 
 from kdkit.config import UsageError
+from kdkit.data import collate
 from kdkit.models import (
     ASSETS,
     BodyAndHead,
@@ -151,6 +153,23 @@ def test_body_and_head_give_the_models_logits_and_sizes_and_get_gradients():
     logits.logsumexp(-1).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert (wrapped.head_rows, wrapped.context, wrapped.num_parameters) == (1024, 512, model.num_parameters())
+
+
+@pytest.mark.parametrize("lengths", [[[8], [8]], [[5, 3], [8]], [[5], [8]]], ids=["full rows", "packed", "padded"])
+def test_transformers_is_told_the_documents_that_it_finds(lengths, monkeypatch):
+    """It finds them on the device, and the host would wait for the answer. Padding is a document, too."""
+    rows = [[i for length in row for i in range(length)] for row in lengths]
+    batch = collate([{"input_ids": row, "labels": row, "position_ids": row} for row in rows], 0)
+    model, find, told = BodyAndHead(tiny()), masking_utils.find_packed_sequence_indices, []
+
+    def forward(position_ids, **_):
+        told.append(masking_utils.find_packed_sequence_indices(position_ids))
+
+    monkeypatch.setattr(model.decoder, "forward", forward)
+    model.body(batch)
+    assert masking_utils.find_packed_sequence_indices is find
+    found = find(batch["position_ids"])
+    assert told == [None] if found is None else torch.equal(told[0], found)
 
 
 # --- what cannot be loaded

@@ -16,7 +16,7 @@ from test_devices import arguments, assert_same_run, command, script
 
 import kdkit.targets
 from kdkit.config import UsageError
-from kdkit.data import collate, load_rows
+from kdkit.data import collate, empty_row, load_rows
 from kdkit.losses import TopK
 from kdkit.models import load_teacher, load_tokenizer, teacher_fingerprint
 from kdkit.running.tracking import read_metrics
@@ -178,7 +178,7 @@ def test_stored_teacher_serves_training_held_out_and_padding_batches(stored):
     hidden, head = teacher({**collate([row], 0), "row_ids": [-1]})
     expected, _ = OnlineTeacher(load_teacher(dtype=torch.float32))(collate([row], 0))
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
-    hidden, head = teacher({"labels": torch.tensor([[-100]]), "row_ids": []})
+    hidden, head = teacher({**collate([empty_row(0)], 0), "row_ids": []})
     assert hidden.shape == (1, 1, 256) and head.shape == (V, 256) == (teacher.head_rows, 256)
 
 

@@ -6,7 +6,9 @@ transformers. So each model is asked, with a few tokens, on the device where it 
 Shapes: B rows, S tokens, H hidden size, V rows of a head (entries of the vocabulary).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +86,8 @@ class BodyAndHead(nn.Module):
                 starts, longest = batch["cu_seq_lens"], batch["max_length"]
                 boundaries |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
                 boundaries |= {"max_length_q": longest, "max_length_k": longest}
-        return self.decoder(input_ids=batch["input_ids"], use_cache=False, **boundaries)
+        with _documents_known(batch, self.packs):
+            return self.decoder(input_ids=batch["input_ids"], use_cache=False, **boundaries)
 
     def with_bias(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return hidden states (..., H) and head (V, H) with the scale and the bias of the logits in them.
@@ -100,6 +103,22 @@ class BodyAndHead(nn.Module):
             hidden = F.pad(F.pad(hidden, (0, 1), value=1.0), (0, 7))
             weight = F.pad(torch.cat([weight, bias[:, None]], dim=1), (0, 7))
         return hidden, weight
+
+
+@contextmanager
+def _documents_known(batch: dict, packs: bool) -> Iterator[None]:
+    """Tell transformers whether rows have several documents. It would ask the GPU, and the host would wait for that."""
+    from transformers import masking_utils
+
+    starts = batch.get("cu_seq_lens")  # None: a batch made by hand, which may be packed
+    packed = packs and (starts is None or len(starts) - 1 > len(batch["input_ids"]))  # more documents than rows
+
+    def document_indices(position_ids: Tensor) -> Tensor | None:  # (B, S)
+        steps = position_ids.diff(prepend=position_ids[:, :1] - 1)
+        return (steps != 1).cumsum(-1) if packed else None
+
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", document_indices):
+        yield
 
 
 def wrap(model: nn.Module):

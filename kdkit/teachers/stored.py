@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kdkit.config import DataFields, DistillConfig, UsageError
 from kdkit.data import is_packed, loss_tokens, rows_digest
-from kdkit.losses import IGNORE_INDEX, TopK
+from kdkit.losses import TopK
 from kdkit.models import check_models, load_teacher, teacher_fingerprint
 
 DATA_FIELDS = [field.name for field in dataclasses.fields(DataFields) if not field.metadata.get("may_change")]
@@ -58,9 +58,12 @@ class StoredTeacher:
             rows, split = [-1 - row for row in rows], self.eval
         outputs = {}
         for key in split.tensors:
-            values = split.read(key, rows).to(labels.device)  # (N, width)
+            values = split.read(key, rows)  # (N, width)
+            if labels.device.type == "cuda":
+                values = values.pin_memory()  # the copy does not wait for the GPU then
+            values = values.to(labels.device, non_blocking=True)
             outputs[key] = values.new_zeros(*labels.shape, values.shape[1])  # (B, S, width)
-            outputs[key][labels != IGNORE_INDEX] = values
+            outputs[key].flatten(0, 1)[batch["valid"]] = values
         if "hidden" in outputs:
             return outputs["hidden"], self.head.to(labels.device)
         return TopK(outputs["ids"], outputs["log_probs"]), None
