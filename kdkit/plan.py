@@ -9,12 +9,12 @@ those alive at the peak. For P parameters of the student (FSDP divides the first
 
     student      4 P bytes: the fp32 weights that AdamW changes
     optimizer    8 P: AdamW's two moments of each weight
-    gradients    4 P at the end of a backward pass; kept for the next micro-batch, then undivided with FSDP, too
+    gradients    4 P at the end of a backward pass, in micro-batches before the last one already at its start
     copies       2 P: the bf16 weights that autocast makes for the matrix products
     activations  what the backward pass needs of each layer: grows with batch_size * max_length
     loss         both models' logits of a chunk of tokens; the gradients of the hidden states and of the head
-    gathered     the sharded weights in use: embedding and head, the layer that runs, and the next one
-    buckets      gradients on their way to other ranks: 4 P with DDP, those of a layer with FSDP
+    gathered     with FSDP the weights in use, and their gradients on the way to other ranks: embedding and head, the
+                 layer that runs, and the next one
     allowance    not measured: CUDA's context, cuBLAS, NCCL (1 GB), and the allocator's fragmentation (5 %)
 
 FLOP per token: 2 per weight in a forward pass (without the input embedding; all experts counted), and for attention
@@ -28,6 +28,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +46,8 @@ from kdkit import fused
 from kdkit.config import DistillConfig, UsageError, load_config
 from kdkit.data import Steps
 from kdkit.losses import TopK
-from kdkit.models import BodyAndHead, check_models, teacher_dtype
+from kdkit.models import BodyAndHead, teacher_dtype
+from kdkit.models.load import load_pretrained
 from kdkit.running.devices import clip_gradients
 from kdkit.train import make_loss, make_optimizer, train_step
 
@@ -61,9 +63,8 @@ class Launch(NamedTuple):
     ranks: int = 1
     fsdp: bool = False
     precision: str = "bf16"
-    on_cpu: bool = False
     offload: bool = False  # FSDP keeps weights, gradients and moments in CPU memory
-    checkpointing: bool = False  # recompute activations in the backward pass
+    on_cpu: bool = False
 
 
 class LiveTensors(TorchDispatchMode):
@@ -75,9 +76,7 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         part, aten = self.part, torch.ops.aten
-        if func is aten.nonzero.default:  # which tokens have a label? without data: all
-            out = args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.int64)
-        elif func is aten.index.Tensor and args[1][0].dtype == torch.bool:  # the same question
+        if func is aten.index.Tensor and args[1][0].dtype == torch.bool:  # which tokens have a label? all
             out = args[0].flatten(0, args[1][0].ndim - 1).clone()
         else:
             out = func(*args, **(kwargs or {}))
@@ -107,9 +106,11 @@ class LiveTensors(TorchDispatchMode):
 
 def build(config: DistillConfig, launch: Launch) -> list[BodyAndHead]:
     """Make teacher and student from their config.json, as `kdkit.models.load` does with weights."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    configs, layers = check_models(config), config.student_layers
+    layers, roles = config.student_layers, ("teacher", "student")
+    roles = roles if layers is None else roles[:1]
+    configs = [load_pretrained(AutoConfig, getattr(config, f"{role}_model"), role, config) for role in roles]
     if layers is not None:
         configs.append(copy.deepcopy(configs[0]))
         configs[1].num_hidden_layers = layers if isinstance(layers, int) else len(layers)
@@ -118,13 +119,14 @@ def build(config: DistillConfig, launch: Launch) -> list[BodyAndHead]:
     attention = "eager" if config.attn_implementation == "eager" else None  # flash attention needs about that of sdpa
     options = {"attn_implementation": attention, "trust_remote_code": config.trust_remote_code}
     both = [AutoModelForCausalLM.from_config(x, dtype=y, **options) for x, y in zip(configs, dtypes, strict=True)]
-    if launch.checkpointing:
-        (getattr(both[1], "activation_checkpointing_enable", None) or both[1].gradient_checkpointing_enable)()
-    return [BodyAndHead(both[0].requires_grad_(False).eval()), BodyAndHead(both[1].train())]
+    teacher, student = BodyAndHead(both[0].requires_grad_(False).eval()), BodyAndHead(both[1].train())
+    if config.gradient_checkpointing:
+        student.recompute_activations()
+    return [teacher, student]
 
 
-def shares(config: DistillConfig, launch: Launch, teacher, student, memory: float) -> tuple[str, dict, dict]:
-    """Return the teacher's placement, the factors of `LiveTensors`, and the bytes gathered and in buckets."""
+def shares(config: DistillConfig, launch: Launch, teacher, student, memory: float) -> tuple[str, dict, float]:
+    """Return the teacher's placement, the factors of `LiveTensors`, and the bytes of gathered weights."""
 
     def sizes(model: BodyAndHead) -> tuple[int, int, int]:  # bytes: of all, outside the layers, of the largest layer
         size, names = lambda module: sum(x.nbytes for x in module.parameters()), model._no_split_modules or []
@@ -134,32 +136,36 @@ def shares(config: DistillConfig, launch: Launch, teacher, student, memory: floa
     (whole, rest, layer), (_, own_rest, own_layer) = sizes(teacher), sizes(student)
     place = config.teacher_placement if config.targets == "online" else "replicate"
     if place == "auto":  # as in `OnlineTeacher`
-        free = memory - CONTEXT - 4 * student.num_parameters * min(launch.ranks, 2)
-        fits = not launch.fsdp and (launch.on_cpu or whole < 0.4 * free)
+        fits = not launch.fsdp and (launch.on_cpu or whole < 0.4 * (memory - CONTEXT - 4 * student.num_parameters))
         place = "replicate" if fits else "shard" if launch.ranks > 1 else "offload"
-    factors = {"teacher": {"replicate": 1, "shard": 1 / launch.ranks, "offload": 0}[place]}
-    gathered, largest, buckets = 0, 0, 4 * student.num_parameters if launch.ranks > 1 else 0
+    factors, gathered = {"teacher": {"replicate": 1, "shard": 1 / launch.ranks, "offload": 0}[place]}, 0
     if launch.fsdp:
         wide = 4 / next(student.parameters()).itemsize  # a rank's part is fp32, whatever the layers compute with
         factors |= dict.fromkeys(("student", "optimizer", "gradients"), 0 if launch.offload else wide / launch.ranks)
-        if config.gradient_accumulation_steps > 1:
-            factors["gradients"] = wide  # ranks exchange gradients in the last micro-batch only
-        gathered, largest, buckets = own_rest, own_layer, wide * own_layer
+        gathered += own_rest + (2 + wide) * own_layer
     if place != "replicate":
-        gathered, largest = gathered + rest, max(largest, layer)
-    return place, factors, {"gathered": gathered + 2 * largest, "buckets": buckets}
+        gathered += rest + 2 * layer
+    return place, factors, gathered
 
 
 def measure(config: DistillConfig, launch: Launch, memory: float = 80 * GB) -> tuple[dict[str, float], str, tuple]:
     """Run an optimizer step. Returns the bytes of each part at the peak, the teacher's placement, and both models."""
-    operands, on_gpu = fused._model, {}
-    if not launch.on_cpu:  # the tensors are the CPU's: let the loss use chunks and heads as on a GPU
-        on_gpu = {name: {"cpu": getattr(fused, name)["gpu"]} for name in ("CHUNK_TOKENS", "BLOCK_ELEMENTS")}
-        on_gpu["_logits"] = lambda model, tokens, out: out[: len(tokens)]  # one product, without copies of the head
-        on_gpu["_model"] = lambda *x: (model := operands(*x))._replace(head=model.head.to(model.dtype))
-    with FakeTensorMode(), mock.patch.multiple(fused, **on_gpu or {"_model": operands}):
+    on_gpu, operands = [], fused._model
+    if not launch.on_cpu:  # the tensors are the CPU's: let the loss use chunks, and copies of the heads, as on a GPU
+        sizes = fused.CHUNK_TOKENS, fused.BLOCK_ELEMENTS
+        on_gpu = [mock.patch.dict(size, cpu=size["gpu"]) for size in sizes]
+        cast = lambda *x: (model := operands(*x))._replace(head=model.head.to(model.dtype))  # noqa: E731
+        on_gpu.append(mock.patch.object(fused, "_model", cast))
+    length, micro_batches = config.max_length, min(config.gradient_accumulation_steps, 2)  # a third is like them
+    row = {"input_ids": [0] * length, "labels": [0] * length, "position_ids": list(range(length))}
+    once, fake = replace(config, max_steps=1, compile_loss=False), FakeTensorMode()
+    steps = Steps([row] * config.batch_size * micro_batches, once, pad_token_id=0)
+    batches = [{k: fake.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in steps[0]]
+    with ExitStack() as stack:
+        for context in (fake, *on_gpu):
+            stack.enter_context(context)
         teacher, student = build(config, launch)
-        place, factors, extra = shares(config, launch, teacher, student, memory)
+        place, factors, gathered = shares(config, launch, teacher, student, memory)
         accelerator, live = Accelerator(cpu=True, mixed_precision=launch.precision), LiveTensors(factors)
         head, online = teacher.model.get_output_embeddings().weight, config.targets == "online"
         kept = [*teacher.parameters(), *teacher.buffers()] if online else [head] * (config.targets == "hidden")
@@ -168,16 +174,14 @@ def measure(config: DistillConfig, launch: Launch, memory: float = 80 * GB) -> t
                 live.count(tensor, part)
 
         def stored(batch: dict) -> tuple:  # like a `StoredTeacher`
-            widths = [head.shape[1]] if config.targets == "hidden" else [config.top_k, config.top_k + 1]
-            outputs = [torch.empty(*batch["labels"].shape, width, dtype=head.dtype) for width in widths]
-            return (outputs[0], head) if config.targets == "hidden" else (TopK(outputs[0].int(), outputs[1]), None)
+            def empty(width: int, dtype: torch.dtype) -> Tensor:
+                return torch.empty(*batch["labels"].shape, width, dtype=dtype)
 
-        length, micro_batches = config.max_length, min(config.gradient_accumulation_steps, 2)  # a third is like them
-        row = {"input_ids": [0] * length, "labels": [0] * length, "position_ids": list(range(length))}
-        once = replace(config, max_steps=1, compile_loss=False)
-        steps = Steps([row] * config.batch_size * micro_batches, once, pad_token_id=0)
-        vocab_size = min(teacher.head_rows, student.head_rows)
-        loss_function, _ = make_loss(once, steps, vocab_size, accelerator.device)
+            if config.targets == "hidden":
+                return empty(head.shape[1], head.dtype), head
+            return TopK(empty(config.top_k, torch.int32), empty(config.top_k + 1, head.dtype)), None
+
+        loss_function, _ = make_loss(once, steps, min(teacher.head_rows, student.head_rows), accelerator.device)
 
         def counted_loss(*arguments):
             live.part = "loss"
@@ -185,12 +189,7 @@ def measure(config: DistillConfig, launch: Launch, memory: float = 80 * GB) -> t
             live.part = "activations"
             return loss
 
-        block, (rows, num_steps) = fused.block_sums_and_gradient, count_steps(config, launch)
-        logits = rows / launch.ranks * (num_steps or 0) * length * vocab_size
-        compiles = logits >= fused.COMPILE_LOGITS["gpu"] if config.compile_loss is None else config.compile_loss
-        if compiles and not launch.on_cpu:  # a compiled block has no temporary tensors
-            block = lambda z, *x, **y: (z.new_empty(3), torch.empty_like(z))  # noqa: E731
-        with live, mock.patch.object(fused, "block_sums_and_gradient", block):
+        with live:
             optimizer = make_optimizer(student, config)
             model, optimizer = accelerator.prepare(student, optimizer, device_placement=[False, False])
             for parameter in student.parameters():
@@ -202,11 +201,11 @@ def measure(config: DistillConfig, launch: Launch, memory: float = 80 * GB) -> t
             optimizer.zero_grad()
             live.part, live.peak = "activations", live.now.copy()
             targets = (teacher if online else stored) if config.alpha < 1 else None
-            train_step(model, targets, steps[0], counted_loss, accelerator)
+            train_step(model, targets, batches, counted_loss, accelerator)
             clip_gradients(model, config.max_grad_norm, accelerator)
             optimizer.step()
-    extra["allowance"] = CONTEXT + FRAGMENTS * (live.peak.total() + sum(extra.values()))
-    return {**live.peak, **extra}, place, (teacher, student)
+    parts = {**live.peak, "gathered": gathered}
+    return {**parts, "allowance": CONTEXT + FRAGMENTS * sum(parts.values())}, place, (teacher, student)
 
 
 def count_steps(config: DistillConfig, launch: Launch) -> tuple[int, int | None]:
@@ -217,22 +216,18 @@ def count_steps(config: DistillConfig, launch: Launch) -> tuple[int, int | None]
     return rows, steps
 
 
-def remedies(config: DistillConfig, launch: Launch) -> Iterator[tuple[str, DistillConfig, Launch]]:
-    """Yield changes with the configurations that they lead to, the cheapest first, each with those before it."""
-    field = "fsdp_activation_checkpointing" if launch.fsdp else "gradient_checkpointing"
-    launch = launch._replace(checkpointing=launch.checkpointing or launch.fsdp or hasattr(config, field))
-    yield f"{field}: true (one more forward pass)", config, launch
-    rows = config.batch_size * config.gradient_accumulation_steps
-    for size in [size for size in range(config.batch_size - 1, 0, -1) if rows % size == 0]:
-        config = replace(config, batch_size=size, gradient_accumulation_steps=rows // size)
-        yield f"batch_size: {size}, gradient_accumulation_steps: {rows // size}", config, launch
-    launch = launch._replace(fsdp=launch.ranks > 1)
-    yield "accelerate_configs/fsdp.yaml (shards both models)", config, launch
-    config = replace(config, teacher_placement="shard" if launch.fsdp else "offload")
-    yield f"teacher_placement: {config.teacher_placement}", config, launch
-    config = replace(config, targets="hidden", targets_dir="targets")
-    yield "targets: hidden (the teacher runs once, before the training)", config, launch
-    yield "accelerate_configs/fsdp_offload.yaml (slow)", config, launch._replace(offload=launch.fsdp)
+def remedies(config: DistillConfig, launch: Launch) -> list[str]:
+    """Return what reduces the memory of a rank, the cheapest first."""
+    changes = {
+        "gradient_checkpointing: true (one more forward pass of the student)": not config.gradient_checkpointing,
+        "a smaller batch_size, with as many times more gradient_accumulation_steps": config.batch_size > 1,
+        "accelerate_configs/fsdp.yaml: both models sharded": launch.ranks > 1 and not launch.fsdp,
+        "teacher_placement: offload (the teacher in CPU memory)": config.targets == "online",
+        "targets: hidden (the teacher runs once, before the training)": config.targets == "online",
+        "accelerate_configs/fsdp_offload.yaml: weights and optimizer in CPU memory": launch.fsdp and not launch.offload,
+        "more GPUs, a smaller max_length, or smaller models": True,
+    }
+    return [change for change, applies in changes.items() if applies]
 
 
 def forward_flop(model: BodyAndHead, length: int) -> float:
@@ -249,7 +244,7 @@ def report(config: DistillConfig, launch: Launch, tflops: float, memory: float, 
     parts, place, (teacher, student) = measure(config, launch, memory)
     (rows, steps), size, need = count_steps(config, launch), student.num_parameters, sum(parts.values())
     tokens, online = rows * config.max_length, config.targets == "online"
-    flop = forward_flop(student, config.max_length) * (4 if launch.checkpointing else 3)
+    flop = forward_flop(student, config.max_length) * (4 if config.gradient_checkpointing else 3)
     flop += forward_flop(teacher, config.max_length) * (online and config.alpha < 1)
     seconds = flop * tokens / (launch.ranks * tflops * 1e12 * mfu)
     name = config.student_model if config.student_layers is None else "from layers of the teacher"
@@ -261,14 +256,8 @@ def report(config: DistillConfig, launch: Launch, tflops: float, memory: float, 
     yield from (f"         {count / GB:8.2f}  {part}" for part, count in parts.items() if count)
     yield f"         {need / GB:8.2f}  needed"
     yield f"         {memory / GB:8.2f}  available: the run {'fits' if need <= memory else 'does not fit'}"
-    for change, *changed in remedies(config, launch):
-        if need <= memory:
-            break
-        before, need = need, sum(measure(*changed, memory)[0].values())
-        if need < before:
-            yield f"change   {need / GB:8.2f}  {change}"
     if need > memory:
-        yield "         even so it does not fit: more GPUs, a smaller max_length, or smaller models"
+        yield from (f"change   {change}" for change in remedies(config, launch))
     keep = config.keep_checkpoints + 1  # a new checkpoint is complete before the oldest is removed
     yield f"disk     {(12 * keep + 4) * size / GB:8.2f}  GB for {keep} checkpoints and final/"
     if not online:
@@ -290,27 +279,30 @@ def read_launch(path: str | None, gpus: int | None) -> Launch:
         fsdp = values.get("fsdp_config", {})
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise UsageError(f"--accelerate_config {path} is not a file of accelerate: {type(error).__name__}") from error
-    options = [fsdp.get(f"fsdp_{name}", False) for name in ("offload_params", "activation_checkpointing")]
     ranks, is_fsdp = gpus or values.get("num_processes", 1), values.get("distributed_type") == "FSDP"
-    precision = values.get("mixed_precision", "bf16")
+    precision, on_cpu = values.get("mixed_precision", "bf16"), values.get("use_cpu", False)
     if precision not in ("bf16", "no") or ranks < 1 + is_fsdp:
         raise UsageError(f"mixed_precision {precision} on {ranks} ranks: expected bf16 or no, and two ranks for FSDP")
-    return Launch(ranks, is_fsdp, precision, values.get("use_cpu", False), *options)
+    return Launch(ranks, is_fsdp, precision, fsdp.get("fsdp_offload_params", False), on_cpu)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the arguments that are not fields of a run here, and the others as `python -m kdkit.train` does."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name, kind in {"gpu": str, "memory": float, "gpus": int, "mfu": float, "accelerate_config": str}.items():
-        first.add_argument(f"--{name}", type=kind)
+    defaults = {"gpu": "h100", "memory": 0.0, "gpus": 0, "mfu": 0.4, "accelerate_config": ""}
+    for name, default in defaults.items():
+        first.add_argument(f"--{name}", type=type(default), default=default)
+    flags = " ".join(f"[--{name} {value or '...'}]" for name, value in defaults.items())
     try:
         given, rest = first.parse_known_args(sys.argv[1:] if argv is None else argv)
-        config = load_config(rest, "python -m kdkit.plan [--gpu h100] [--memory 80] [--gpus 8] [--mfu 0.4]")
+        config = load_config(rest, f"python -m kdkit.plan {flags}")
         launch = read_launch(given.accelerate_config, given.gpus)
-        launch = launch._replace(checkpointing=launch.checkpointing or getattr(config, "gradient_checkpointing", False))
-        if (gpu := given.gpu or "h100") not in GPUS:
-            raise UsageError(f"--gpu is {gpu}, expected one of {', '.join(GPUS)}; --memory overrides its GB")
-        for line in report(config, launch, GPUS[gpu][0], (given.memory or GPUS[gpu][1]) * GB, given.mfu or 0.4):
+        if given.gpu not in GPUS:
+            raise UsageError(f"--gpu is {given.gpu}, expected one of {', '.join(GPUS)}; --memory overrides its GB")
+        if not (0 < given.mfu <= 1 and given.memory >= 0):
+            raise UsageError(f"--mfu is {given.mfu} and --memory {given.memory}, expected 0 < mfu <= 1, and GB")
+        tflops, memory = GPUS[given.gpu]
+        for line in report(config, launch, tflops, (given.memory or memory) * GB, given.mfu):
             print(line, flush=True)
     except (UsageError, argparse.ArgumentError) as error:
         sys.exit(f"kdkit: {error}")

@@ -131,21 +131,18 @@ def test_fsdp_divides_the_states_by_the_number_of_ranks(small, pair, precision):
         model.num_parameters - len(model.model.model.layers) * layer for model, layer in zip(both, layers, strict=True)
     ]
     size = 4 if precision == "no" else 2  # bytes per gathered number
-    assert sharded["gathered"] == size * (sum(outside) + 2 * max(layers))
-    assert sharded["buckets"] == 4 * layers[1]  # gradients of a layer of the student, in fp32
+    # two layers of each model, and the gradients of a layer of the student, in fp32
+    assert sharded["gathered"] == size * (sum(outside) + 2 * sum(layers)) + 4 * layers[1]
     assert sharded.get("copies", 0) == 0
-    later = replace(config, gradient_accumulation_steps=2)  # gradients are exchanged in the last micro-batch
+    later = replace(config, gradient_accumulation_steps=2)  # each micro-batch exchanges its gradients
     whole = part("gradients", later, Launch(precision=precision))
-    assert part("gradients", later, Launch(8, True, precision)) == pytest.approx(whole, rel=0.01)
+    assert 8 * part("gradients", later, Launch(8, True, precision)) == pytest.approx(whole, rel=0.01)
     assert part("student", config, Launch(8, True, precision, offload=True)) == 0
 
 
-def test_ddp_has_a_copy_of_all_and_buckets_for_the_gradients(small, pair):
+def test_ddp_has_a_copy_of_all_on_each_rank(small, pair):
     config = small(max_length=256, **pair)
-    alone, several = (measure(config, Launch(ranks))[0] for ranks in (1, 4))
-    differences = {name: several[name] - alone[name] for name in several.keys() - {"allowance"} if several[name]}
-    changed = {name: size for name, size in differences.items() if size}
-    assert changed == {"buckets": pytest.approx(alone["student"], rel=0.01)}
+    assert measure(config, Launch(1))[0] == measure(config, Launch(4))[0]
 
 
 @pytest.mark.parametrize("targets, kept", [("hidden", 4096 * 192 * 2), ("top_k", 0)])
@@ -157,14 +154,12 @@ def test_stored_targets_leave_only_the_head_of_the_teacher(small, pair, targets,
 def test_student_of_layers_of_the_teacher_and_recomputed_activations(small, pair):
     whole, cut = (small(student_layers=layers, max_length=256, **pair) for layers in (4, 2))
     assert 0.4 < part("activations", cut) / part("activations", whole) < 0.7
-    assert part("activations", cut, CPU._replace(checkpointing=True)) < 0.5 * part("activations", cut)
+    assert part("activations", replace(cut, gradient_checkpointing=True)) < 0.5 * part("activations", cut)
 
 
-def test_compiled_loss_of_a_gpu_has_fewer_tensors(small, pair):
-    """A GPU takes larger chunks than a CPU, and compiles the loss of a long run."""
+def test_a_gpu_takes_larger_chunks_of_the_loss_than_a_cpu(small, pair):
     config = small(max_length=256, batch_size=8, **pair)
-    short, long = (part("loss", replace(config, max_steps=steps), Launch()) for steps in (1, 10**6))
-    assert part("loss", config, Launch(on_cpu=True)) < long < short
+    assert part("loss", config, Launch(on_cpu=True)) < part("loss", config, Launch())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -200,18 +195,7 @@ def test_table_adds_up_and_says_what_is_unknown(capsys, pair):
     assert " hours for 6 steps" in run_plan(capsys, *fields, *some)
 
 
-LINES = (
-    "teacher",
-    "student",
-    "optimizer",
-    "gradients",
-    "copies",
-    "activations",
-    "loss",
-    "gathered",
-    "buckets",
-    "allowance",
-)
+LINES = "teacher", "student", "optimizer", "gradients", "copies", "activations", "loss", "gathered", "allowance"
 
 
 def test_run_that_does_not_fit_is_told_what_to_change(capsys, pair):
@@ -219,10 +203,11 @@ def test_run_that_does_not_fit_is_told_what_to_change(capsys, pair):
     arguments = (*fields, "--max_length", "512", "--batch_size", "64")
     need = next(float(line.split()[0]) for line in run_plan(capsys, *arguments).splitlines() if line.endswith("needed"))
     out = run_plan(capsys, *arguments, "--memory", f"{need - 0.1}")
-    changes = [line.split() for line in out.splitlines() if line.startswith("change")]
-    assert "does not fit" in out and changes and float(changes[-1][1]) <= need - 0.1
-    assert all(float(change[1]) > need - 0.1 for change in changes[:-1])
-    assert "even so it does not fit" in run_plan(capsys, *arguments, "--memory", "1", "--gpus", "2")
+    changes = [line for line in out.splitlines() if line.startswith("change")]
+    assert "does not fit" in out and "gradient_checkpointing: true" in changes[0] and "batch_size" in changes[1]
+    assert not any("fsdp" in line for line in changes)  # on one GPU
+    assert "fsdp.yaml" in run_plan(capsys, *arguments, "--memory", "1", "--gpus", "2")
+    assert "change" not in run_plan(capsys, *arguments, "--memory", f"{need + 0.1}")
 
 
 @pytest.mark.parametrize(
@@ -232,6 +217,8 @@ def test_run_that_does_not_fit_is_told_what_to_change(capsys, pair):
         (["--teacher_model", "{folder}"], "teacher_model {folder} could not be loaded"),
         (["--accelerate_config", "{folder}/x.yaml"], "--accelerate_config {folder}/x.yaml is not a file of accelerate"),
         (["--gpus", "many"], "argument --gpus"),
+        (["--mfu", "1.5"], "--mfu is 1.5"),
+        (["--memory", "-1"], "--memory -1.0"),
         (["--accelerate_config", "{root}/accelerate_configs/fsdp.yaml", "--gpus", "1"], "two ranks for FSDP"),
     ],
 )
