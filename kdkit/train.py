@@ -39,7 +39,7 @@ from .teachers import describe_inputs, open_teacher
 
 # %% ../notebooks/03_train.ipynb #9be0efeb
 def load(config: DistillConfig, accelerator: Accelerator) -> tuple:
-    """Load and check what a run needs: its tokenizer, training and held-out rows, teacher, student, and their `Pair`."""
+    """Load and check what a run needs: tokenizer, training and held-out rows, teacher, student, and their `Pair`."""
     check_models(config)  # before the data is read, which can take long
     tokenizer = load_tokenizer(config)
     rows = load_rows(config, tokenizer)
@@ -101,8 +101,8 @@ def train_step(
     Returns:
         This rank's parts of (loss, CE, T^2 * D), which sum to those of the step over all ranks; and num_items.
     """
-    num_items = torch.tensor(sum(len(batch["valid"]) for batch in micro_batches), device=accelerator.device)
-    num_items = accelerator.reduce(num_items, "sum")  # the tokens in the loss of all micro-batches on all ranks
+    num_items = sum(len(batch["valid"]) for batch in micro_batches)  # the tokens in the loss of this rank
+    num_items = accelerator.reduce(torch.full((), num_items, device=accelerator.device), "sum")  # and of all ranks
     losses = torch.zeros(3, device=accelerator.device)
     for index, batch in enumerate(micro_batches):
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
@@ -273,8 +273,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"kdkit: {error}")
     except torch.OutOfMemoryError as error:
         sys.exit(
-            f"kdkit: the device is out of memory ({str(error).split('. ')[0]}). A smaller batch_size with as many times "
-            "more gradient_accumulation_steps gives the same steps; gradient_checkpointing true needs less, too"
+            f"kdkit: the device is out of memory ({str(error).split('. ')[0]}). A smaller batch_size with as many "
+            "times more gradient_accumulation_steps gives the same steps; gradient_checkpointing true needs less, too"
         )
     except KeyboardInterrupt:
         sys.exit("kdkit: interrupted. The same command resumes from the newest checkpoint, if one was saved")
