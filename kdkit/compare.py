@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdkit.config import DataFields, DistillConfig, UsageError, read_config
 from kdkit.data import load_rows
@@ -26,11 +27,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # 
 def compare(run_dirs: list[str], prompt: str | None = None) -> str:
     """Evaluate finished runs on their held-out text, in fp32, and let each model continue a prompt.
 
-    The prompt is by default the start of a held-out document. Returns a table and the samples, as text. Raises a
-    UsageError if a folder has no finished run, or if the runs differ in their teacher or held-out text.
+    The prompt is by default the start of a held-out document. Returns a table and the samples, as text.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     configs = _read_configs(run_dirs)
     first = configs[run_dirs[0]]
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -61,13 +59,13 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
 
 def _read_configs(run_dirs: list[str]) -> dict[str, DistillConfig]:
     """Read the configurations of finished runs, and check that they have the same teacher and held-out text."""
-    configs = {}
+    configs, fields = {}, [field.name for field in dataclasses.fields(DataFields) if not field.metadata]
     for run in run_dirs:
         for name in ("config.yaml", "final/config.json"):
             if not (Path(run) / name).is_file():
-                raise UsageError(f"{run} is not a finished run: it has no {name}. Train it with python -m kdkit.train")
+                raise UsageError(f"{run} is not a finished run: it has no {name}")
         configs[run] = read_config(Path(run) / "config.yaml")
-        for name in ["teacher_model", *(field.name for field in dataclasses.fields(DataFields) if not field.metadata)]:
+        for name in ["teacher_model", *fields]:
             if getattr(configs[run], name) != getattr(configs[run_dirs[0]], name):
                 raise UsageError(f"{run} has another {name} than {run_dirs[0]}: their numbers cannot be compared")
     return configs
@@ -103,11 +101,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", help="the text that each model continues; by default the start of a document")
     parser.add_argument("--figure", help="the PNG file for the curves; by default curves.png in the last run")
     arguments = parser.parse_args(argv)
-    figure = arguments.figure or Path(arguments.runs[-1]) / "curves.png"
+    last = Path(arguments.runs[-1])
+    figure = arguments.figure or last / "curves.png"
     try:
         print(compare(arguments.runs, arguments.prompt))
     except UsageError as error:
         sys.exit(f"kdkit: {error}")
     plot_curves(arguments.runs, figure)
-    print(f"\nThe curves: {figure}")
-    print(f"A folder for AutoModelForCausalLM.from_pretrained: {Path(arguments.runs[-1]) / 'final'}")
+    print(f"\nThe curves: {figure}\nA folder for AutoModelForCausalLM.from_pretrained: {last / 'final'}")

@@ -18,8 +18,8 @@ REASONS = {  # pattern in an error's class names or text -> the reason, and what
     ),
     "SafetensorError": "has a broken safetensors file ({error}): download or copy it again",
     "LocalEntryNotFoundError|ConnectionError|TransportError": (  # httpx raises the last one
-        "could not be loaded: it is neither a local path nor in the cache, and the hub cannot be reached (no network, "
-        "or HF_HUB_OFFLINE is set): give a local path, or load it once with network access"
+        "is neither a local path nor in the cache, and the hub cannot be reached (no network, or HF_HUB_OFFLINE is "
+        "set): give a local path, or load it once with network access"
     ),
     "": "could not be loaded: {error} ({remedy})",
 }
@@ -54,9 +54,8 @@ def explain(what: str, name: str, error: Exception, remedy: str) -> UsageError:
     found = "\n".join(f"{[kind.__name__ for kind in type(cause).__mro__]} {cause}" for cause in causes)
     reason = next(reason for pattern, reason in REASONS.items() if re.search(pattern, found))
     page = f"https://huggingface.co/{'datasets/' if 'dataset' in what else ''}{name}"
-    return UsageError(
-        f"{what} {name} {reason.format(page=page, cache=HF_HOME, error=first_line(error), remedy=remedy)}"
-    )
+    reason = reason.format(page=page, cache=HF_HOME, error=first_line(error), remedy=remedy)
+    return UsageError(f"{what} {name} {reason}")
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from kdkit.config import DistillConfig, RunStopped
-from kdkit.running.files import write_text
+from kdkit.running import files
 from kdkit.running.hub import first_line
 
 
@@ -22,17 +22,15 @@ class Tracker:
     """
 
     def __init__(self, config: DistillConfig, step: int = 0, enabled: bool = True, watch: Callable | None = None):
-        self.history: list[dict] = []
-        self.where = ""
+        self.history, self.where = [], ""
         self._watch, self._file, self._wandb = watch, None, None
         if not enabled:
             return
         path = Path(config.output_dir) / "metrics.jsonl"
         events = read_metrics(path) if step else []  # from step 0 on, the evaluation of step 0 is repeated, too
         self.history = [event for event in events if event.get("train/step", event.get("eval/step")) <= step]
-        write_text(path, "".join(json.dumps(event) + "\n" for event in self.history))
-        self._file = path.open("a", encoding="utf-8")
-        self.where = f"metrics  {path}"
+        files.write(path, "".join(json.dumps(event) + "\n" for event in self.history))
+        self._file, self.where = path.open("a", encoding="utf-8"), f"metrics  {path}"
         if config.use_wandb:
             self._call_wandb(self._start_wandb, config, step)
 
@@ -85,16 +83,15 @@ class Tracker:
             raise RuntimeError("not logged in (run `wandb login`, or set WANDB_MODE=offline)")
         id_file = Path(config.output_dir) / "wandb_id.txt"
         if step == 0 or not id_file.is_file():
-            write_text(id_file, secrets.token_hex(4))
-        run = wandb.init(
+            files.write(id_file, secrets.token_hex(4))
+        self._wandb = wandb.init(
             project=config.wandb_project, entity=config.wandb_entity, name=config.wandb_run_name or run_name(config),
             id=id_file.read_text().strip(), resume="allow", dir=config.output_dir, config=config.as_dict(),
             settings=wandb.Settings(silent=True),
         )  # fmt: skip
         for part in ("train", "eval"):
-            run.define_metric(f"{part}/*", step_metric=f"{part}/step")
-        self._wandb = run
-        self.where += f" and Weights & Biases ({run.url or 'offline, ' + run.dir})"
+            self._wandb.define_metric(f"{part}/*", step_metric=f"{part}/step")
+        self.where += f" and Weights & Biases ({self._wandb.url or 'offline, ' + self._wandb.dir})"
 
 
 def read_metrics(path: Path) -> list[dict]:

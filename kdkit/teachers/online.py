@@ -6,6 +6,9 @@ import torch
 from accelerate import Accelerator, cpu_offload
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from transformers.integrations import is_fsdp_enabled
 
 from kdkit.config import UsageError
 from kdkit.models import BodyAndHead, examine
@@ -28,14 +31,7 @@ class OnlineTeacher(BodyAndHead):
         """Move the weights to where `placement` says. With FSDP call this after accelerator.prepare.
 
         With `shard`, a layer is gathered while it runs; with `offload`, it is copied to the device. `auto` chooses.
-
-        Raises:
-            UsageError: `shard` with one process.
         """
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-        from transformers.integrations import is_fsdp_enabled
-
         several, device = accelerator.num_processes > 1, accelerator.device
         if placement == "auto":
             placement = self._choose(accelerator)
@@ -43,7 +39,6 @@ class OnlineTeacher(BodyAndHead):
             raise UsageError("teacher_placement is shard, but there is one process: use replicate, offload or auto")
         offload = placement == "offload"
         self.placement = f"{PLACEMENTS[placement].format(accelerator.num_processes)} ({placement})"
-
         from_rank_0 = bool(is_fsdp_enabled())  # then transformers may load the weights on rank 0 only
         weights = self.state_dict() if from_rank_0 and accelerator.is_main_process else {}
         if from_rank_0:
@@ -51,8 +46,7 @@ class OnlineTeacher(BodyAndHead):
         if placement == "replicate":
             self.to(device)
         elif several:
-            # Not accelerate's fsdp2_prepare_model: it needs an FSDP configuration, which a DDP run does not have, and
-            # would apply the student's mixed precision and offloading to the teacher.
+            # not accelerate's fsdp2_prepare_model: it would apply the student's mixed precision and offloading
             policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
             layers = [module for module in self.modules() if type(module).__name__ in (self._no_split_modules or [])]
             for module in [*layers, self]:  # each decoder layer alone, then embedding, norm and head together
