@@ -21,7 +21,6 @@ COLUMNS = {  # heading -> key, format
     "top-1 agreement": ("eval/top1_agreement", "{:.1%}"),
     "acceptance": ("eval/acceptance_rate", "{:.1%}"),
 }
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: colour-blind safe
 
 
 def compare(run_dirs: list[str], prompt: str | None = None) -> str:
@@ -82,8 +81,7 @@ def plot_curves(run_dirs: list[str], path: str | Path) -> None:
         for index, run in enumerate(run_dirs):
             events = [event for event in read_metrics(Path(run) / "metrics.jsonl") if "eval/step" in event]
             steps, values = ([event[x] for event in events] for x in ("eval/step", key))
-            style = {"color": COLOURS[index % 6], "linestyle": ("-", "--", "-.", ":")[index % 4]}
-            axis.plot(steps, values, **style, marker="o", markersize=3, label=run)
+            axis.plot(steps, values, linestyle=("-", "--", "-.", ":")[index % 4], marker="o", markersize=3, label=run)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.set(xlabel="optimizer step", ylabel="nats per token", title=title)

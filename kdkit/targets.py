@@ -55,8 +55,7 @@ def store(config: DistillConfig) -> Path:
     notes = teacher.examine(rows[0], accelerator.device)
     rows, more = settle_packing(rows, config, tokenizer, {"teacher": teacher.packs})
     made_for = describe_made_for(config, *rows, dtype)
-    rows = dict(zip(("train", "eval"), rows, strict=True))
-    vocab_size = made_for.get("vocab_size")
+    rows, vocab_size = {"train": rows[0], "eval": rows[1]}, made_for.get("vocab_size")
     if config.targets == "top_k" and config.top_k > vocab_size:
         raise UsageError(f"top_k is {config.top_k}, expected at most {vocab_size}, the entries of the vocabulary")
     head = teacher(send_to_device(collate([empty_row(0)], 0), accelerator.device))[1]  # (V, H)
@@ -101,8 +100,7 @@ def _layout(config: DistillConfig, teacher: OnlineTeacher, width: int, dtype: st
     hidden = {"hidden": (width, dtype)}
     for split, tensors in {"train": hidden if config.targets == "hidden" else most_likely, "eval": hidden}.items():
         token_bytes = sum(width * getattr(torch, dtype).itemsize for width, dtype in tensors.values())
-        rows_per_file = max(1, FILE_BYTES // (config.max_length * token_bytes))
-        layout[split] = {"rows_per_file": rows_per_file, "tensors": tensors}
+        layout[split] = {"rows_per_file": max(1, FILE_BYTES // (config.max_length * token_bytes)), "tensors": tensors}
     return layout
 
 

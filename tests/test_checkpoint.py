@@ -293,7 +293,7 @@ def test_export_that_does_not_write_the_weights_in_memory_is_no_final_folder(sma
             assert export(start_accelerator(), student, tokenizer, config).is_dir()
             shutil.rmtree(Path(config.output_dir) / "final")
             continue
-        with pytest.raises(RunStopped, match="the student could not be saved .* numbers were written"):
+        with pytest.raises(RunStopped, match=r"the student could not be saved .* numbers were written"):
             export(start_accelerator(), student, tokenizer, config)
         assert not list(Path(config.output_dir).iterdir())
 
@@ -418,7 +418,7 @@ DAMAGES = {
     "header": (flip_a_bit, SHARD, f"{SHARD} cannot be read"),
     "state missing": (Path.unlink, "trainer.json", "trainer.json cannot be read"),
     "state truncated": (truncate, "trainer.json", "trainer.json cannot be read"),
-    "state of another kind": (lambda path: path.write_text('{"files": [1]}'), "trainer.json", "trainer.json cannot be"),
+    "state of another kind": (lambda path: path.write_text('{"files": 1}'), "trainer.json", "trainer.json cannot be"),
 }
 
 

@@ -350,7 +350,7 @@ def test_unsuitable_model_is_refused_by_name(small, teacher, student, message):
 
 def test_dropout_in_the_student_is_reported(small):
     report = check(small, tiny(), tiny(attention_dropout=0.1)).report
-    assert "note: the student has dropout (attention_dropout 0.1)" in report
+    assert "note: the student has attention_dropout 0.1, which adds noise to the divergence" in report
 
 
 def test_same_tokenizer_passes_and_another_of_the_same_size_is_refused(small, folder):

@@ -15,9 +15,8 @@ from kdkit.config import UsageError
 class BodyAndHead(nn.Module):
     """A causal language model that passes its last hidden states and its head to a function.
 
-    The loss and the metrics are computed from both, chunk by chunk, so that no tensor of the size tokens x vocabulary
-    has to exist. Always call this module, never a part of it: DDP notices the use of a parameter, and FSDP gathers
-    sharded parameters, only in `forward`.
+    So no tensor of the size tokens x vocabulary has to exist. Always call this module, never a part of it: DDP notices
+    the use of a parameter, and FSDP gathers sharded parameters, only in `forward`.
 
     `examine` finds the attributes `packs`, `logit_scale` and `soft_cap`: logits = soft_cap(hidden @ head^T, cap) for
     the hidden states and the head that the function is given, which contain the scale and the bias, if there are any.
@@ -43,7 +42,7 @@ class BodyAndHead(nn.Module):
         self.logit_scale, self.soft_cap = 1.0, None
 
     def tie_weights(self) -> None:
-        """Tie embedding and head again if the model ties them. FSDP calls it after it has replaced parameters."""
+        """Tie embedding and head again: FSDP calls it after it has replaced parameters."""
         self.model.tie_weights()
 
     def recompute_activations(self) -> None:
@@ -53,10 +52,7 @@ class BodyAndHead(nn.Module):
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, batch: dict[str, Tensor] | None, function: Callable = lambda *both: both, *arguments):
-        """Return function(hidden (B, S, H), head (V, H), *arguments) for a batch of `kdkit.data.collate`.
-
-        Without a batch, return function(self, *arguments): for a check that has to read parameters.
-        """
+        """Return function(hidden (B, S, H), head (V, H), *arguments), or without a batch function(self, *arguments)."""
         if batch is None:
             return function(self, *arguments)
         return function(*self.with_bias(self.body(batch).last_hidden_state), *arguments)

@@ -29,10 +29,8 @@ def student_from_layers(teacher: nn.Module, layers: list[int] | int) -> nn.Modul
         if student.dtype != torch.float32:  # built anew: casting would keep what was computed in the other dtype
             student = _cut(teacher, layers, torch.float32)
     except Exception as error:  # any: the code of a model may do anything with a config that it was not written for
-        raise UsageError(
-            f"student_layers cannot cut a {type(teacher).__name__} to the layers {layers} ({first_line(error)}): "
-            "keep other layers, or give a smaller model of this family as --student_model"
-        ) from error
+        what = f"student_layers cannot cut a {type(teacher).__name__} to the layers {layers} ({first_line(error)})"
+        raise UsageError(f"{what}: keep others, or give a model of this family as --student_model") from error
     return student.train()
 
 

@@ -21,6 +21,7 @@ from kdkit.models.body_and_head import BodyAndHead
 from kdkit.running.hub import first_line
 
 DOCUMENT_TOKENS = 4  # L
+OTHER_HEAD = "has logits that are not soft_cap(scale * hidden @ head^T + bias), as the loss expects"
 
 
 @torch.no_grad()
@@ -54,13 +55,14 @@ def _examine(model: BodyAndHead, role: str, ids: Tensor) -> None:
             try:
                 alone = _body(model, first[None])
                 fault = _fault(model, alone.last_hidden_state[0], first, second, third)
+                fault = fault or _find_head(model, first[None], alone)
             except torch.OutOfMemoryError:
                 raise
             except Exception as caught:  # whatever the model's own code raises
                 fault = f"cannot run on plain token ids ({type(caught).__name__}: {first_line(caught)})"
                 error = caught
             if fault is None:
-                return _find_head(model, role, first[None], alone)
+                return
     name = type(model.model).__name__
     raise UsageError(f"the {role} ({name}) {fault}: use a causal language model of another family") from error
 
@@ -100,19 +102,14 @@ def _differ(a: Tensor, b: Tensor, limit: float) -> bool:
     return bool((a.float() - b.float()).norm() > limit * b.float().norm())
 
 
-def _find_head(model: BodyAndHead, role: str, ids: Tensor, output) -> None:
+def _find_head(model: BodyAndHead, ids: Tensor, output) -> str | None:
     """Find `logit_scale` and `soft_cap`, by giving hidden states of four sizes to the model's own head.
 
-    `ids` is (1, L), and `output` what the body gives for them. Raises a UsageError if the logits have another form.
+    `ids` is (1, L), and `output` what the body gives for them. Returns what is wrong if the logits have another form.
     """
-    head = model.model.get_output_embeddings()
-    refusal = UsageError(
-        f"the {role}'s logits are not soft_cap(scale * hidden @ head^T + bias), which the loss computes: "
-        f"{type(model.model).__name__} takes another step from hidden states to logits. Use another {role}"
-    )
-    hidden = output.last_hidden_state  # (1, L, H)
+    head, hidden = model.model.get_output_embeddings(), output.last_hidden_state  # (1, L, H)
     if hidden.shape[-1] != head.weight.shape[1]:
-        raise refusal
+        return OTHER_HEAD
     bias = 0 if getattr(head, "bias", None) is None else head.bias.float()
     product = hidden.float() @ head.weight.float().T  # (1, L, V)
     # as it is, and so that the largest product is about 1, 1e4 and 1e5; powers of 2 cause no rounding
@@ -120,14 +117,11 @@ def _find_head(model: BodyAndHead, role: str, ids: Tensor, output) -> None:
     sizes = torch.cat([torch.ones_like(sizes[:1]), sizes])[:, None, None]  # (4, 1, 1)
     fed = dataclasses.replace(output, last_hidden_state=hidden * sizes.to(hidden.dtype))
     with mock.patch.object(model.decoder, "forward", lambda *_, **__: fed):
-        try:
-            logits = model.model(input_ids=ids.expand(4, -1), use_cache=False).logits.float()  # (4, L, V)
-        except (RuntimeError, TypeError) as error:  # the head cannot be called with such hidden states
-            raise refusal from error
+        logits = model.model(input_ids=ids.expand(4, -1), use_cache=False).logits.float()  # (4, L, V)
     if logits.isnan().any():  # the first evaluation reports it
-        return
+        return None
     if logits.shape != (4, *product.shape[1:]):
-        raise refusal
+        return OTHER_HEAD
     exact = {hidden.dtype, head.weight.dtype} == {torch.float32}
     limit, error = (1e-3, 1e-5) if exact else (0.02, 1e-3)
     highest = logits.abs().amax((1, 2))
@@ -138,8 +132,7 @@ def _find_head(model: BodyAndHead, role: str, ids: Tensor, output) -> None:
     expected = (product * sizes)[1]
     model.logit_scale = _round(((small - bias) * expected).sum() / expected.square().sum(), error)
     expected = soft_cap(model.logit_scale * product * sizes + bias, model.soft_cap)
-    if not ((expected - logits).abs().amax((1, 2)) <= limit * highest).all():
-        raise refusal
+    return None if ((expected - logits).abs().amax((1, 2)) <= limit * highest).all() else OTHER_HEAD
 
 
 def _round(value: Tensor, tolerance: float) -> float:

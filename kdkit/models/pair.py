@@ -37,10 +37,8 @@ def check_pair(config: DistillConfig, teacher, student, tokenizer) -> Pair:
     teacher, student = wrap(teacher), wrap(student)
     for role, model in (("teacher", teacher), ("student", student)):
         if model.head_rows < entries:
-            raise UsageError(
-                f"the {role}'s head has {model.head_rows} rows for a tokenizer of {entries} entries: "
-                f"call resize_token_embeddings({entries}) on it, or use a {role} made for this tokenizer"
-            )
+            what = f"the {role}'s head has {model.head_rows} rows for a tokenizer of {entries} entries"
+            raise UsageError(f"{what}: call resize_token_embeddings({entries}) on it, or use another {role}")
         if model.context is not None and config.max_length > model.context:
             expected = f"expected at most {model.context:,}, the context of the {role}"
             raise UsageError(f"max_length is {config.max_length:,}, {expected}")
@@ -65,9 +63,8 @@ def _check_same_ids(config: DistillConfig, tokenizer, other) -> int:
     if differing := sorted(token for token in names if token not in reserved or token in str(tokenizer.chat_template)):
         examples = ", ".join(f"{token!r} ({ours.get(token)} and {theirs.get(token)})" for token in differing[:3])
         raise UsageError(
-            f"teacher {config.teacher_model} and student {config.student_model} have different tokenizers: "
-            f"{len(differing):,} tokens have different ids, such as {examples}: use two models of one family, or cut "
-            "the student from the teacher with --student_layers"
+            f"{config.teacher_model} and {config.student_model} have different tokenizers: {len(differing):,} tokens "
+            f"have different ids, such as {examples}: use models of one family, or --student_layers"
         )
     return len(names)
 
@@ -85,10 +82,10 @@ def _notes(ours, theirs, student: nn.Module) -> list[str]:
         notes.append("note: the chat templates differ: the teacher's is used for both")
     if any(name.endswith("experts") for name, _ in student.named_modules()):
         notes.append("note: the student has experts: the loss has no term that balances their load")
-    # Dropout in the student is allowed, but adds noise to the divergence from the teacher.
-    values = student.config.get_text_config().to_dict().items()
-    dropout = [f"{name} {value:g}" for name, value in values if "drop" in name and isinstance(value, float) and value]
-    return notes + ([f"note: the student has dropout ({', '.join(dropout)})"] if dropout else [])
+    for name, value in student.config.get_text_config().to_dict().items():
+        if "drop" in name and isinstance(value, float) and value:
+            notes.append(f"note: the student has {name} {value:g}, which adds noise to the divergence")
+    return notes
 
 
 def check_export(student, tokenizer, config: DistillConfig) -> None:
@@ -120,7 +117,5 @@ def check_export(student, tokenizer, config: DistillConfig) -> None:
         if read != expected:
             raise ValueError(f"it would be read with another {min(read ^ expected)[0]}")
     except Exception as error:  # any: the code of a model and its configs may fail in any way
-        raise UsageError(
-            f"the student could not be saved as {config.output_dir}/final ({first_line(error)}): correct config.json "
-            "and generation_config.json in its folder, or choose another student"
-        ) from error
+        what = f"the student could not be saved as {config.output_dir}/final ({first_line(error)})"
+        raise UsageError(f"{what}: correct its config.json and generation_config.json, or choose another") from error

@@ -41,10 +41,9 @@ def _trainer_state(checkpoint: Path) -> dict:
 
 
 def find_checkpoint(config: DistillConfig, accelerator: Accelerator) -> Path | None:
-    """Return the checkpoint to resume from according to `config.resume`, or None for a new run. Called by all ranks.
+    """Return the newest undamaged checkpoint that `config.resume` allows; None for a new run. Called by all ranks.
 
-    Damaged ones are skipped with a message. Raises a UsageError if all are damaged (so that the run does not silently
-    start over), or if the folder holds a run of another configuration.
+    Raises a UsageError if all are damaged (no run silently starts over), or for a run of another configuration.
     """
     if config.resume == "never":
         return None
@@ -154,9 +153,9 @@ def save_checkpoint(
 
     final = output_dir / "checkpoints" / f"step_{step:08d}"
     _write_folder(accelerator, f"step {step}", final, write)
-    if accelerator.is_main_process:
-        up_to_now = [path for path in checkpoints(output_dir) if path <= final]
-        for path in set(checkpoints(output_dir)) - set(up_to_now[-config.keep_checkpoints :]):
+    kept = [path for path in checkpoints(output_dir) if path <= final][-config.keep_checkpoints :]
+    for path in checkpoints(output_dir) if accelerator.is_main_process else []:
+        if path not in kept:
             files.remove(path)
 
 
@@ -194,14 +193,12 @@ def load_checkpoint(accelerator: Accelerator, student, optimizer, checkpoint: Pa
     found = {name: (tuple(x.size), sum(chunk.sizes.numel() for chunk in x.chunks)) for name, x in saved.items()}
     names = tensors.keys() | {name for name in saved if not name.startswith("rng.")}
     if wrong := min((name for name in names if expected.get(name) != found.get(name)), default=""):
-        raise UsageError(
-            f"{checkpoint} does not fit the student: {wrong} is {found.get(wrong)} in the checkpoint and "
-            f"{expected.get(wrong)} in the student (shape, numbers): resume with the student of that run"
-        )
+        what = f"{wrong} is {found.get(wrong)} in the checkpoint and {expected.get(wrong)} in the student"
+        raise UsageError(f"{checkpoint} does not fit the student: {what}; resume with the student of that run")
     dcp.load(tensors, storage_reader=reader)
-    for device, set_state in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
+    for device, module in (("cpu", torch), ("cuda", torch.cuda)):
         if (name := f"rng.{accelerator.process_index}.{device}") in tensors:
-            set_state(tensors[name])
+            module.set_rng_state(tensors[name])
     return _trainer_state(checkpoint)["step"]
 
 
@@ -210,17 +207,16 @@ def _sample(tensor: Tensor) -> list:
 
 
 def export(accelerator: Accelerator, student, tokenizer, config: DistillConfig) -> Path:
-    """Write final/: the student as a Hugging Face folder for `from_pretrained`. Called by all ranks.
-
-    Raises RunStopped if the folder cannot be written, or does not hold the weights in memory.
-    """
+    """Write final/, a folder for `from_pretrained`, or raise RunStopped. Called by all ranks."""
     state, names = accelerator.get_state_dict(student), _unique_names(student)  # complete tensors, on rank 0
     model = accelerator.unwrap_model(student).model
 
     def write(folder: Path) -> None:
         if accelerator.is_main_process:
             weights = {name.removeprefix("model."): value for name, value in state.items() if name in names}
-            model.save_pretrained(folder, state_dict=weights)  # removes those that the model does not save
+            for name in model._keys_to_ignore_on_save or ():  # constants, which are made anew
+                weights.pop(name, None)
+            model.save_pretrained(folder, state_dict=dict(weights))
             tokenizer.save_pretrained(folder)
             opened = [safe_open(file, "pt") for file in folder.glob("*.safetensors")]
             written = {name: file.get_tensor(name) for file in opened for name in file.keys()}  # noqa: SIM118

@@ -13,10 +13,7 @@ from kdkit.config import UsageError
 
 
 def start_accelerator() -> Accelerator:
-    """Start accelerate in this process, with bf16 mixed precision unless its configuration says otherwise.
-
-    Raises a UsageError if the launcher asked for something that kdkit does not support, or that did not start.
-    """
+    """Start accelerate as the launcher asked for it, with bf16 mixed precision by default; or raise a UsageError."""
     if flag("ACCELERATE_USE_CPU") and not torch.cuda.is_initialized():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or FSDP and NCCL would still choose the GPU
     asked_processes, asked_fsdp = int(os.environ.get("WORLD_SIZE", "1")), flag("ACCELERATE_USE_FSDP")
@@ -62,7 +59,7 @@ def start_accelerator() -> Accelerator:
 
 def leave_processes() -> None:
     """Leave the process group at the end of a program."""
-    gc.collect()  # with gloo, a DDP model that is destroyed after its group waits forever for the group's thread
+    gc.collect()  # with gloo, a DDP model that is destroyed after its group waits forever
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -14,10 +14,9 @@ from kdkit.running import files
 def stop_if_not_finite(
     what: str, numbers, micro_batches, step: int, config, tokenizer, accelerator, local_losses=None
 ) -> None:
-    """Raise RunStopped on all ranks if one of `numbers` is not finite. Waits for the device once.
+    """Raise RunStopped if one of `numbers`, the same on all ranks, is not finite. Waits for the device once.
 
-    `numbers` (name -> float or tensor) are the same on all ranks. Each rank writes the text of its `micro_batches` to
-    not_finite_step_{step}_rank_{rank}.jsonl. The message names the ranks whose own `local_losses` are not finite.
+    Each rank writes the text of its `micro_batches`. The message names the ranks whose `local_losses` are not finite.
     """
     if math.isfinite(sum(numbers.values())):
         return

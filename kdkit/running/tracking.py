@@ -16,9 +16,8 @@ from kdkit.running.hub import first_line
 class Tracker:
     """Writes each event as a line of metrics.jsonl, and to Weights & Biases under the same keys.
 
-    A run that resumes from `step` repeats the steps after it, so their events are removed. Only the main process is
-    `enabled`. `watch` is called with each event after it is written. `history` has all events so far, also those before
-    the checkpoint of a resumed run; `where` is a line about where they are written.
+    A run that resumes from `step` repeats the steps after it, so their events are removed from `history`. Only the main
+    process is `enabled`. `watch` is called with each event after it is written. `where` is a line to print.
     """
 
     def __init__(self, config: DistillConfig, step: int = 0, enabled: bool = True, watch: Callable | None = None):
@@ -50,7 +49,7 @@ class Tracker:
                 self._file.write(json.dumps(event) + "\n")
                 self._file.flush()
             except OSError as error:
-                remedy = "make room and run the same command again: it resumes from the newest checkpoint"
+                remedy = "make room and run the same command again, which resumes"
                 raise RunStopped(f"{self._file.name} cannot be written ({error.strerror}): {remedy}") from error
         if self._wandb:
             self._call_wandb(self._wandb.log, event)

@@ -24,7 +24,6 @@ class OnlineTeacher(BodyAndHead):
         self.requires_grad_(False).eval()
 
     def examine(self, rows, device: torch.device) -> list[str]:
-        """See `kdkit.models.examination`."""
         return examine(self, "teacher", rows, device)
 
     def place(self, accelerator: Accelerator, placement: str) -> None:
@@ -67,15 +66,14 @@ class OnlineTeacher(BodyAndHead):
             return "shard"
         if accelerator.device.type != "cuda":
             return "replicate"
-        need = sum(parameter.nbytes for parameter in self.parameters())
         free = torch.tensor(torch.cuda.mem_get_info(accelerator.device)[0], device=accelerator.device)
         free = accelerator.gather(free).min().item()  # ranks that chose differently would wait for each other forever
-        if need < 0.4 * free:
+        if sum(parameter.nbytes for parameter in self.parameters()) < 0.4 * free:
             return "replicate"
         return "shard" if accelerator.num_processes > 1 else "offload"
 
     def _replace_parameters(self, device: torch.device) -> None:
-        """Replace all parameters by empty ones. Buffers stay: each rank has computed them."""
+        """Replace all parameters by empty ones; each rank has computed the buffers."""
         for module in self.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:

@@ -67,12 +67,11 @@ class StoredTeacher:
             self.head = self.head.to(accelerator.device)
 
     def examine(self, rows, device: torch.device) -> list[str]:
-        """Do nothing: `python -m kdkit.targets` has examined the teacher."""
-        return []
+        return []  # `python -m kdkit.targets` has examined the teacher
 
     @property
     def model(self) -> torch.nn.Module:
-        """The teacher itself, loaded anew in fp32: needed once, for a student that is cut from its layers."""
+        """The teacher itself, in fp32: needed once, for a student that is cut from its layers."""
         return load_teacher(self.config.teacher_model, torch.float32, self.config)
 
 
@@ -89,9 +88,9 @@ class SplitFiles:
                 self.opened[start] = safe_open(path, framework="pt")  # reads the header, which shows a truncated file
             except (SafetensorError, OSError):
                 self.missing[path] = range(start, min(start + self.rows_per_file, len(rows)))
-        bytes_per_token = sum(width * getattr(torch, dtype).itemsize for width, dtype in self.tensors.values())
-        missing_tokens = sum(self.ends[rows.stop] - self.ends[rows.start] for rows in self.missing.values())
-        self.missing_bytes = missing_tokens * bytes_per_token
+        token_bytes = sum(width * getattr(torch, dtype).itemsize for width, dtype in self.tensors.values())
+        missing = sum(self.ends[rows.stop] - self.ends[rows.start] for rows in self.missing.values())
+        self.missing_bytes = missing * token_bytes
 
     def read(self, key: str, rows: list[int]) -> Tensor:
         """Return a stored tensor for the tokens of these rows, one row after the other: (N, width)."""
@@ -123,13 +122,13 @@ def describe_made_for(config: DistillConfig, train_rows, eval_rows, dtype: torch
 
 
 def read_layout(folder: Path, made_for: dict) -> dict:
-    """Return `layout` of targets.json. Raises a UsageError if there is none, or `made_for` differs."""
+    """Return `layout` of targets.json, or raise a UsageError: there is none, or `made_for` differs."""
     path = folder / "targets.json"
     if not path.is_file():
         raise UsageError(f"{path} does not exist: make targets with python -m kdkit.targets and the same arguments")
     content = json.loads(path.read_text(encoding="utf-8"))
     before = content["made_for"]
-    if made_for["teacher_model"] is None:  # the teacher's weights are not on this machine, and are not needed
+    if made_for["teacher_model"] is None:  # not on this machine, and not needed
         before["teacher_model"] = None
     if changes := [f"{n} was {before.get(n)!r}, is {now!r}" for n, now in made_for.items() if before.get(n) != now]:
         what = f"the targets in {folder} were made for another run: {'; '.join(changes)}"
