@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdkit.config import DataFields, DistillConfig, UsageError, read_config
+from kdkit.config import DataFields, UsageError, read_config
 from kdkit.data import load_rows
 from kdkit.evaluate import evaluate
 from kdkit.models import count_parameters, load_teacher, load_tokenizer
@@ -28,8 +28,15 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
 
     The prompt is by default the start of a held-out document. Returns a table and the samples, as text.
     """
-    configs = _read_configs(run_dirs)
-    first = configs[run_dirs[0]]
+    configs, same = {}, [field.name for field in dataclasses.fields(DataFields) if not field.metadata]
+    for run in run_dirs:
+        for name in ("config.yaml", "final/config.json"):
+            if not (Path(run) / name).is_file():
+                raise UsageError(f"{run} is not a finished run: it has no {name}")
+        configs[run] = read_config(Path(run) / "config.yaml")
+        first = configs[run_dirs[0]]
+        if other := [name for name in ("teacher_model", *same) if getattr(configs[run], name) != getattr(first, name)]:
+            raise UsageError(f"{run} has another {other[0]} than {run_dirs[0]}: their numbers cannot be compared")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     tokenizer = load_tokenizer(first)
     _, rows = load_rows(dataclasses.replace(first, packing=False), tokenizer)  # right for every model
@@ -54,20 +61,6 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     table = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in lines]
     return "\n".join([*table, "", *samples])
-
-
-def _read_configs(run_dirs: list[str]) -> dict[str, DistillConfig]:
-    """Read the configurations of finished runs, and check that they have the same teacher and held-out text."""
-    configs, fields = {}, [field.name for field in dataclasses.fields(DataFields) if not field.metadata]
-    for run in run_dirs:
-        for name in ("config.yaml", "final/config.json"):
-            if not (Path(run) / name).is_file():
-                raise UsageError(f"{run} is not a finished run: it has no {name}")
-        configs[run] = read_config(Path(run) / "config.yaml")
-        for name in ["teacher_model", *fields]:
-            if getattr(configs[run], name) != getattr(configs[run_dirs[0]], name):
-                raise UsageError(f"{run} has another {name} than {run_dirs[0]}: their numbers cannot be compared")
-    return configs
 
 
 def plot_curves(run_dirs: list[str], path: str | Path) -> None:

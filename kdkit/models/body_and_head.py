@@ -75,8 +75,7 @@ class BodyAndHead(nn.Module):
     def with_bias(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return hidden states (..., H) and head (V, H) with the scale and the bias of the logits in them.
 
-        The bias is one more column of the head, for hidden states that are 1 there, followed by seven of 0: matrix
-        products are fast if H is a multiple of 8.
+        The bias is one more column of the head, followed by seven of 0: products are fast if H is a multiple of 8.
         """
         head = self.model.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)

@@ -77,10 +77,7 @@ def _layer_lists(student: nn.Module, teacher: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def _compare(student: nn.Module, teacher: nn.Module, layers: list[int]) -> None:
-    """Raise a ValueError if the student differs from the teacher without its other layers. Both have one dtype.
-
-    Compares the settings of each layer, since a window may be longer than the test, and the logits of a few tokens.
-    """
+    """Raise a ValueError if settings of a layer, or logits of a few tokens, are not the teacher's without the others."""
     name = _layer_lists(student, teacher)[0]
     blocks, kept = teacher.get_submodule(name), student.eval().get_submodule(name)
     for index, layer in enumerate(layers):

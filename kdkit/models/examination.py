@@ -35,11 +35,8 @@ def examine(module: nn.Module, role: str, rows: Sequence[dict], device: torch.de
     tokens = chain(chain.from_iterable(row["input_ids"] for row in islice(rows, 64)), range(model.head_rows))
     ids = torch.tensor(list(islice(dict.fromkeys(tokens), 3 * DOCUMENT_TOKENS)), device=device)
     was_training = module.training
-    module.eval()  # without dropout
-    try:
-        module(None, _examine, role, ids)
-    finally:
-        module.train(was_training)
+    module.eval()(None, _examine, role, ids)  # without dropout
+    module.train(was_training)
     notes = [f"the {role}'s logits have a soft cap of {model.soft_cap:g}"] if model.soft_cap is not None else []
     return notes + ([f"the {role}'s logits are scaled by {model.logit_scale:g}"] if model.logit_scale != 1 else [])
 
@@ -63,8 +60,7 @@ def _examine(model: BodyAndHead, role: str, ids: Tensor) -> None:
                 error = caught
             if fault is None:
                 return
-    name = type(model.model).__name__
-    raise UsageError(f"the {role} ({name}) {fault}: use a causal language model of another family") from error
+    raise UsageError(f"the {role} ({type(model.model).__name__}) {fault}: use a model of another family") from error
 
 
 def _fault(model: BodyAndHead, alone: Tensor, first: Tensor, second: Tensor, third: Tensor) -> str | None:

@@ -56,10 +56,7 @@ def load_model(name: str, role: str, config: DistillConfig, dtype: torch.dtype) 
 
 
 def record_tying(model: nn.Module) -> nn.Module:
-    """Make the config say whether head and embedding are tied: they are not if the file has two different tensors.
-
-    FSDP and `from_pretrained` tie what the config says.
-    """
+    """Make the config say whether head and embedding are tied in the file: FSDP and `from_pretrained` trust it."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head.weight is embedding.weight
     if is_fsdp_enabled() and broadcast_object_list([tied]) != [tied]:  # only rank 0 has read the file
@@ -84,10 +81,7 @@ def check_models(config: DistillConfig) -> list:
 
 
 def teacher_fingerprint(config: DistillConfig) -> str | None:
-    """Hash the teacher's config.json and samples of its weights, all of which training changes.
-
-    Returns None if they are not on this machine.
-    """
+    """Hash the teacher's config.json and samples of its weights; None if they are not on this machine."""
     path, revision = locate(config.teacher_model, "teacher")
     try:
         config_file = Path(cached_file(path, "config.json", revision=revision, local_files_only=True))
@@ -121,13 +115,8 @@ def load_tokenizer(config: DistillConfig):
     return tokenizer
 
 
-def load_teacher(
-    name: str = "embedded", dtype: torch.dtype = torch.bfloat16, config: DistillConfig | None = None
-) -> nn.Module:
-    """Load the teacher ("embedded", a folder, a hub id or id@revision) in eval mode and without gradients.
-
-    Its dropout would be noise in the targets. `config` gives the attention and `trust_remote_code`.
-    """
+def load_teacher(name: str = "embedded", dtype=torch.bfloat16, config: DistillConfig | None = None) -> nn.Module:
+    """Load the teacher in eval mode and without gradients; `config` gives the attention and `trust_remote_code`."""
     return load_model(name, "teacher", config or DistillConfig(), dtype).requires_grad_(False).eval()
 
 

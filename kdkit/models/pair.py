@@ -22,13 +22,11 @@ class Pair(NamedTuple):
 
 
 def check_pair(config: DistillConfig, teacher, student, tokenizer) -> Pair:
-    """Check that the divergence between these two models is meaningful.
+    """Check that the divergence between these two models is meaningful, or raise a UsageError.
 
     Both must give each token the same id: the maps from tokens to ids are compared, not their sizes. Heads may be
     padded to different numbers of rows, and are cut to the smaller one. Other special tokens and chat templates are
     reported. The models are transformers models, teachers of `kdkit.teachers`, or of the class `BodyAndHead`.
-
-    Raises a UsageError if the tokenizers differ, a head lacks rows, or max_length is larger than a context.
     """
     other = tokenizer
     if config.student_layers is None and config.student_is_pretrained:
@@ -89,10 +87,7 @@ def _notes(ours, theirs, student: nn.Module) -> list[str]:
 
 
 def check_export(student, tokenizer, config: DistillConfig) -> None:
-    """Set the ids that end a text in the student's configs, then write and read final/ once, without its weights.
-
-    Called before step 1. Raises a UsageError for what would otherwise make the export fail, or give another model.
-    """
+    """Set the ids that end a text in the student's configs, then write and read final/ once, without its weights."""
     model, (path, revision) = student.model, locate(config.teacher_model, "teacher")
     ids = [tokenizer.eos_token_id]
     with suppress(OSError):  # the teacher has no such file

@@ -24,14 +24,10 @@ def start_accelerator() -> Accelerator:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no" if slow_bf16 else "bf16")
     if precision not in ("bf16", "no"):  # with fp16, gradients are multiplied by a factor before they are clipped
         raise UsageError(f"mixed_precision is {precision}, expected bf16 or no: set it in accelerate's configuration")
-    for name in ("DEEPSPEED", "MEGATRON_LM"):
-        if flag(f"ACCELERATE_USE_{name}"):
-            raise UsageError(f"{name} is not supported: launch with a file of accelerate_configs/ (DDP or FSDP)")
-    if on_cpu and asked_processes > 1:  # accelerate 1.15 starts no group of CPU processes for FSDP, so do it here
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-        state = PartialState(cpu=True)
-        if asked_fsdp and state.distributed_type == DistributedType.MULTI_CPU:  # FSDP has to be on "GPUs"
-            state.distributed_type, state.device = DistributedType.MULTI_GPU, torch.device("cpu")
+    if flag("ACCELERATE_USE_DEEPSPEED") or flag("ACCELERATE_USE_MEGATRON_LM"):
+        raise UsageError("DEEPSPEED and MEGATRON_LM are not supported: launch with a file of accelerate_configs/")
+    if on_cpu and asked_processes > 1:
+        _start_cpu_processes(asked_fsdp)
     accelerator = Accelerator(
         mixed_precision=precision,
         # the training loop divides by the tokens of the step: accelerate must not divide again
@@ -42,10 +38,9 @@ def start_accelerator() -> Accelerator:
     is_fsdp = accelerator.distributed_type == DistributedType.FSDP
     if accelerator.num_processes != asked_processes or (asked_fsdp and not is_fsdp):
         asked = f"{asked_processes} process(es){' with FSDP' if asked_fsdp else ''}"
-        raise UsageError(
-            f"the launcher asked for {asked}, but {accelerator.distributed_type} with {accelerator.num_processes} is "
-            "running: each process needs a GPU, and FSDP two processes; on CPUs, use accelerate_configs/fsdp_cpu.yaml"
-        )
+        running = f"{accelerator.distributed_type} with {accelerator.num_processes} is running"
+        remedy = "each process needs a GPU, and FSDP two of them; on CPUs, use accelerate_configs/fsdp_cpu.yaml"
+        raise UsageError(f"the launcher asked for {asked}, but {running}: {remedy}")
     plugin = accelerator.state.fsdp_plugin if is_fsdp else None
     if plugin and plugin.fsdp_version != 2:
         raise UsageError(f"fsdp_version is {plugin.fsdp_version}, expected 2: set it in accelerate's configuration")
@@ -55,6 +50,14 @@ def start_accelerator() -> Accelerator:
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         plugin.mixed_precision_policy = policy
     return accelerator
+
+
+def _start_cpu_processes(fsdp: bool) -> None:
+    """Start a group of CPU processes, reported as GPUs for FSDP: accelerate 1.15 does neither."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    state = PartialState(cpu=True)
+    if fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type, state.device = DistributedType.MULTI_GPU, torch.device("cpu")
 
 
 def leave_processes() -> None:

@@ -14,8 +14,7 @@ REASONS = {  # pattern in an error's class names or text -> the reason, and what
     "Couldn't instantiate the backend tokenizer": "has no tokenizer: copy tokenizer*.json of its original into it",
     "SafetensorError": "has a broken safetensors file ({error}): download or copy it again",
     "LocalEntryNotFoundError|ConnectionError|TransportError": (  # httpx raises the last one
-        "could not be loaded: it is neither a local path nor in the cache, and there is no network, or HF_HUB_OFFLINE "
-        "is set"
+        "could not be loaded: it is not a local path or cached, and there is no network, or HF_HUB_OFFLINE is set"
     ),
     "": "could not be loaded: {error} ({remedy})",
 }

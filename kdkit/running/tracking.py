@@ -16,8 +16,8 @@ from kdkit.running.hub import first_line
 class Tracker:
     """Writes each event as a line of metrics.jsonl, and to Weights & Biases under the same keys.
 
-    A run that resumes from `step` repeats the steps after it, so their events are removed from `history`. Only the main
-    process is `enabled`. `watch` is called with each event after it is written. `where` is a line to print.
+    A run that resumes from `step` repeats the steps after it: `history` loses their events. Only the main process is
+    `enabled`. `watch` is called with each event after it is written. `where` is a line to print.
     """
 
     def __init__(self, config: DistillConfig, step: int = 0, enabled: bool = True, watch: Callable | None = None):
@@ -101,7 +101,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 def run_name(config: DistillConfig) -> str:
     """Return a name made from the settings."""
-    teacher, student = Path(config.teacher_model).name, Path(config.student_model).name
-    student = student if config.student_layers is None else f"{teacher}-layers"
+    teacher = Path(config.teacher_model).name
+    student = Path(config.student_model).name if config.student_layers is None else f"{teacher}-layers"
     loss = "ce" if config.alpha == 1 else f"{config.divergence}-alpha{config.alpha:g}-T{config.temperature:g}"
     return f"{teacher}-to-{student}-{loss}-seed{config.seed}"
