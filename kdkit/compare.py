@@ -24,10 +24,7 @@ COLUMNS = {  # heading -> key, format
 
 
 def compare(run_dirs: list[str], prompt: str | None = None) -> str:
-    """Evaluate finished runs on their held-out text, in fp32, and let each model continue a prompt.
-
-    The prompt is by default the start of a held-out document. Returns a table and the samples, as text.
-    """
+    """Return a table of finished runs on their held-out text, in fp32, and how each model continues a prompt."""
     configs, same = {}, [field.name for field in dataclasses.fields(DataFields) if not field.metadata]
     for run in run_dirs:
         for name in ("config.yaml", "final/config.json"):
@@ -43,7 +40,6 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
     prompt = prompt or tokenizer.decode(rows[0]["input_ids"][:24], skip_special_tokens=True)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     teacher = load_teacher(first.teacher_model, torch.float32, first).to(device)
-
     lines, samples = [["", "parameters", *COLUMNS]], [f"Each model continues {prompt!r}:"]
     for run, config in {"": first, **configs}.items():
         model, name = teacher, "teacher"

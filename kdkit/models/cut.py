@@ -41,7 +41,7 @@ def _cut(teacher: nn.Module, layers: list[int], dtype: torch.dtype) -> nn.Module
     if teacher.get_output_embeddings().weight.is_meta:  # with FSDP only rank 0 has the weights
         return student
     weights = teacher.state_dict()
-    for prefix in _layer_lists(student, teacher):
+    for prefix in _layer_lists(student, teacher, layers):
         weights = {name: value for name, value in weights.items() if not name.startswith(f"{prefix}.")}
         for index, layer in enumerate(layers):
             weights |= teacher.get_submodule(f"{prefix}.{layer}").state_dict(prefix=f"{prefix}.{index}.")
@@ -68,17 +68,17 @@ def _cut_config(teacher: nn.Module, layers: list[int]):
     return config if parts else type(text).from_dict(content)
 
 
-def _layer_lists(student: nn.Module, teacher: nn.Module) -> list[str]:
+def _layer_lists(student: nn.Module, teacher: nn.Module, layers: list[int]) -> list[str]:
     """Return the names of the lists of modules, one per layer, that the student has with fewer entries."""
-    sizes = [model.config.get_text_config().num_hidden_layers for model in (teacher, student)]
-    lists = [name for name, part in teacher.named_modules() if isinstance(part, nn.ModuleList)]
-    return [name for name in lists if [len(model.get_submodule(name)) for model in (teacher, student)] == sizes]
+    depth, ours = teacher.config.get_text_config().num_hidden_layers, dict(student.named_modules())
+    theirs = {name: len(part) for name, part in teacher.named_modules() if isinstance(part, nn.ModuleList)}
+    return [name for name, size in theirs.items() if size == depth and len(ours.get(name, ())) == len(layers)]
 
 
 @torch.no_grad()
 def _compare(student: nn.Module, teacher: nn.Module, layers: list[int]) -> None:
-    """Raise a ValueError if settings of a layer, or logits of a few tokens, are not the teacher's without the others."""
-    name = _layer_lists(student, teacher)[0]
+    """Raise a ValueError if settings of a layer, or logits of some tokens, are not the teacher's without the others."""
+    name = _layer_lists(student, teacher, layers)[0]
     blocks, kept = teacher.get_submodule(name), student.eval().get_submodule(name)
     for index, layer in enumerate(layers):
         before, after = _settings(blocks[layer]), _settings(kept[index])

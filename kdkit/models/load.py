@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import is_fsdp_enabled
@@ -37,6 +38,8 @@ def load_pretrained(auto_class, name: str, role: str, config: DistillConfig, **o
     path, revision = locate(name, role)
     options |= {"revision": revision, "trust_remote_code": config.trust_remote_code}
     try:
+        for file in Path(path).glob("*.safetensors"):  # reads the header, which shows a truncated file
+            safe_open(file, "pt")
         return auto_class.from_pretrained(path, **options)
     except loading_errors() as error:
         remedy = "give a model folder with safetensors files, or a hub id"
