@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdkit.config import DataFields, DistillConfig, UsageError, read_config
+from kdkit.config import DataFields, UsageError, read_config
 from kdkit.data import load_rows
 from kdkit.evaluate import evaluate
 from kdkit.models import count_parameters, load_teacher, load_tokenizer
@@ -20,26 +21,25 @@ COLUMNS = {  # heading -> key, format
     "top-1 agreement": ("eval/top1_agreement", "{:.1%}"),
     "acceptance": ("eval/acceptance_rate", "{:.1%}"),
 }
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: colour-blind safe
 
 
 def compare(run_dirs: list[str], prompt: str | None = None) -> str:
-    """Evaluate finished runs on their held-out text, in fp32, and let each model continue a prompt.
-
-    The prompt is by default the start of a held-out document. Returns a table and the samples, as text. Raises a
-    UsageError if a folder has no finished run, or if the runs differ in their teacher or held-out text.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    configs = _read_configs(run_dirs)
-    first = configs[run_dirs[0]]
+    """Return a table of finished runs on their held-out text, in fp32, and how each model continues a prompt."""
+    configs, same = {}, [field.name for field in dataclasses.fields(DataFields) if not field.metadata]
+    for run in run_dirs:
+        for name in ("config.yaml", "final/config.json"):
+            if not (Path(run) / name).is_file():
+                raise UsageError(f"{run} is not a finished run: it has no {name}")
+        configs[run] = read_config(Path(run) / "config.yaml")
+        first = configs[run_dirs[0]]
+        if other := [name for name in ("teacher_model", *same) if getattr(configs[run], name) != getattr(first, name)]:
+            raise UsageError(f"{run} has another {other[0]} than {run_dirs[0]}: their numbers cannot be compared")
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     tokenizer = load_tokenizer(first)
     _, rows = load_rows(dataclasses.replace(first, packing=False), tokenizer)  # right for every model
     prompt = prompt or tokenizer.decode(rows[0]["input_ids"][:24], skip_special_tokens=True)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     teacher = load_teacher(first.teacher_model, torch.float32, first).to(device)
-
     lines, samples = [["", "parameters", *COLUMNS]], [f"Each model continues {prompt!r}:"]
     for run, config in {"": first, **configs}.items():
         model, name = teacher, "teacher"
@@ -59,20 +59,6 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
     return "\n".join([*table, "", *samples])
 
 
-def _read_configs(run_dirs: list[str]) -> dict[str, DistillConfig]:
-    """Read the configurations of finished runs, and check that they have the same teacher and held-out text."""
-    configs = {}
-    for run in run_dirs:
-        for name in ("config.yaml", "final/config.json"):
-            if not (Path(run) / name).is_file():
-                raise UsageError(f"{run} is not a finished run: it has no {name}. Train it with python -m kdkit.train")
-        configs[run] = read_config(Path(run) / "config.yaml")
-        for name in ["teacher_model", *(field.name for field in dataclasses.fields(DataFields) if not field.metadata)]:
-            if getattr(configs[run], name) != getattr(configs[run_dirs[0]], name):
-                raise UsageError(f"{run} has another {name} than {run_dirs[0]}: their numbers cannot be compared")
-    return configs
-
-
 def plot_curves(run_dirs: list[str], path: str | Path) -> None:
     """Plot the held-out cross-entropy and KL to the teacher of each run over its steps, into a PNG file."""
     from matplotlib.figure import Figure
@@ -84,8 +70,7 @@ def plot_curves(run_dirs: list[str], path: str | Path) -> None:
         for index, run in enumerate(run_dirs):
             events = [event for event in read_metrics(Path(run) / "metrics.jsonl") if "eval/step" in event]
             steps, values = ([event[x] for event in events] for x in ("eval/step", key))
-            style = {"color": COLOURS[index % 6], "linestyle": ("-", "--", "-.", ":")[index % 4]}
-            axis.plot(steps, values, **style, marker="o", markersize=3, label=run)
+            axis.plot(steps, values, linestyle=("-", "--", "-.", ":")[index % 4], marker="o", markersize=3, label=run)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.set(xlabel="optimizer step", ylabel="nats per token", title=title)
@@ -103,11 +88,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", help="the text that each model continues; by default the start of a document")
     parser.add_argument("--figure", help="the PNG file for the curves; by default curves.png in the last run")
     arguments = parser.parse_args(argv)
-    figure = arguments.figure or Path(arguments.runs[-1]) / "curves.png"
+    last = Path(arguments.runs[-1])
+    figure = arguments.figure or last / "curves.png"
     try:
         print(compare(arguments.runs, arguments.prompt))
     except UsageError as error:
         sys.exit(f"kdkit: {error}")
     plot_curves(arguments.runs, figure)
-    print(f"\nThe curves: {figure}")
-    print(f"A folder for AutoModelForCausalLM.from_pretrained: {Path(arguments.runs[-1]) / 'final'}")
+    print(f"\nThe curves: {figure}\nA folder for AutoModelForCausalLM.from_pretrained: {last / 'final'}")

@@ -3,18 +3,14 @@
     python -m kdkit.targets --config recipes/x.yaml --targets top_k --targets_dir targets/x     # run the teacher once
     python -m kdkit.train --config recipes/x.yaml --targets top_k --targets_dir targets/x       # train students
 
-The teacher's outputs for a token are the same in all epochs and for all students. They are stored in one of two forms:
-
 - `hidden`: its last hidden states, 2 * H bytes per token in bf16. With the head, which is stored once, they give the
   complete distribution, at any temperature and for every divergence: a run with them equals the online run.
 - `top_k`: the ids and log-probabilities of its K most likely tokens at one temperature, and the probability of all
-  other tokens together: about 6 * K bytes per token. The divergence over these K + 1 buckets is a lower bound.
-
-Held-out text is always stored as hidden states, for an exact evaluation. `kdkit.teachers.stored` describes the files.
+  others together: about 6 * K bytes per token. The divergence over these K + 1 buckets is a lower bound. Held-out text
+  is stored as hidden states, for an exact evaluation.
 """
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -35,7 +31,7 @@ from kdkit.models import check_models, load_teacher, load_tokenizer, teacher_dty
 from kdkit.running import files
 from kdkit.running.devices import leave_processes, start_accelerator
 from kdkit.teachers.online import OnlineTeacher
-from kdkit.teachers.stored import SplitFiles, describe_made_for, read_layout
+from kdkit.teachers.stored import MODEL_FACTS, SplitFiles, describe_made_for, read_layout
 
 CHUNK = 1024  # tokens whose logits exist at one time, while the most likely ones are selected
 FILE_BYTES = 64 * 2**20  # about the size of a file: a killed command loses at most one file per rank
@@ -45,13 +41,10 @@ def store(config: DistillConfig) -> Path:
     """Run the teacher over the rows of a run, store its outputs in `targets_dir` and return it. Called on every rank.
 
     A file is complete or not there: after an interruption, the same command computes only the missing files, on any
-    number of ranks.
-
-    Raises:
-        UsageError: `targets` is online, the folder has targets for another run, or the disk has too little room.
+    number of ranks. Raises a UsageError if the folder has targets for another run, or the disk has too little room.
     """
     if config.targets == "online":
-        raise UsageError("targets is 'online', expected 'hidden' or 'top_k': the outputs to store")
+        raise UsageError("targets is 'online', expected 'hidden' or 'top_k'")
     accelerator = start_accelerator()
     check_models(config)
     tokenizer, folder = load_tokenizer(config), Path(config.targets_dir)
@@ -62,8 +55,7 @@ def store(config: DistillConfig) -> Path:
     notes = teacher.examine(rows[0], accelerator.device)
     rows, more = settle_packing(rows, config, tokenizer, {"teacher": teacher.packs})
     made_for = describe_made_for(config, *rows, dtype)
-    rows = dict(zip(("train", "eval"), rows, strict=True))
-    vocab_size = made_for.get("vocab_size")
+    rows, vocab_size = {"train": rows[0], "eval": rows[1]}, made_for.get("vocab_size")
     if config.targets == "top_k" and config.top_k > vocab_size:
         raise UsageError(f"top_k is {config.top_k}, expected at most {vocab_size}, the entries of the vocabulary")
     head = teacher(send_to_device(collate([empty_row(0)], 0), accelerator.device))[1]  # (V, H)
@@ -78,8 +70,8 @@ def store(config: DistillConfig) -> Path:
 
     def compute(chosen: list[dict], names) -> dict[str, Tensor]:
         """Return the outputs `names` for the tokens of some rows. Without rows, the teacher runs on padding."""
-        batch = collate(chosen or [empty_row(tokenizer.pad_token_id)], tokenizer.pad_token_id)
-        batch = send_to_device(batch, accelerator.device)
+        pad = tokenizer.pad_token_id
+        batch = send_to_device(collate(chosen or [empty_row(pad)], pad), accelerator.device)
         hidden, head = teacher(batch)
         found = {"hidden": hidden[batch["labels"] != IGNORE_INDEX]}  # (N, H)
         if "ids" in names:
@@ -91,7 +83,7 @@ def store(config: DistillConfig) -> Path:
         return {name: found[name].cpu() for name in names}
 
     if accelerator.is_main_process and not (folder / "head.safetensors").is_file():
-        _write(folder / "head.safetensors", {"head": head.cpu()})
+        files.write(folder / "head.safetensors", save({"head": head.cpu()}))
     for name, split in splits.items():
         _store_missing(split, rows[name], compute, config.batch_size, accelerator)
     accelerator.wait_for_everyone()
@@ -100,16 +92,15 @@ def store(config: DistillConfig) -> Path:
 
 
 def _layout(config: DistillConfig, teacher: OnlineTeacher, width: int, dtype: str) -> dict:
-    """Return `layout` of targets.json: for each split the width and dtype of its tensors, and the rows per file."""
-    layout = {name: getattr(teacher, name) for name in ("head_rows", "num_parameters", "context", "soft_cap")}
-    hidden = {"hidden": (width, dtype)}
+    """Return `layout` of targets.json: for each split, (width, dtype) of its tensors and the rows per file."""
+    layout = {name: getattr(teacher, name) for name in MODEL_FACTS}
     ids = "uint16" if teacher.head_rows <= 2**16 else "int32"
     log_probs = "float16" if dtype == "bfloat16" else "float32"  # two bytes if that is the precision of the run
     most_likely = {"ids": (config.top_k, ids), "log_probs": (config.top_k + 1, log_probs)}
+    hidden = {"hidden": (width, dtype)}
     for split, tensors in {"train": hidden if config.targets == "hidden" else most_likely, "eval": hidden}.items():
         token_bytes = sum(width * getattr(torch, dtype).itemsize for width, dtype in tensors.values())
-        rows_per_file = max(1, FILE_BYTES // (config.max_length * token_bytes))
-        layout[split] = {"rows_per_file": rows_per_file, "tensors": tensors}
+        layout[split] = {"rows_per_file": max(1, FILE_BYTES // (config.max_length * token_bytes)), "tensors": tensors}
     return layout
 
 
@@ -119,17 +110,15 @@ def _prepare_folder(folder: Path, splits: list[SplitFiles], description: dict) -
     for leftover in folder.glob(".writing_*"):
         leftover.unlink()
     need, free = sum(split.missing_bytes for split in splits), shutil.disk_usage(folder).free
-    print(f"disk     {need / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free in {folder}")
+    room = f"targets_dir {folder} has {free / 2**20:,.0f} MiB free, the targets need {need / 2**20:,.0f} MiB"
     if need > 0.98 * free:
-        raise UsageError(
-            f"targets_dir {folder} has {free / 2**20:,.0f} MiB free, the targets need {need / 2**20:,.0f} MiB: "
-            "choose another disk, less text (max_train_tokens), or targets top_k with a smaller top_k"
-        )
-    files.write_text(folder / "targets.json", json.dumps(description, indent=2))
+        raise UsageError(f"{room}: choose another disk, less text (max_train_tokens), or targets top_k")
+    print(f"disk     {room}")
+    files.write(folder / "targets.json", json.dumps(description, indent=2))
 
 
 def _store_missing(split: SplitFiles, rows, compute: Callable, batch_size: int, accelerator: Accelerator) -> None:
-    """Store the missing files, each on one rank. All ranks call the teacher equally often, since it may be sharded."""
+    """Store the missing files, each on one rank. All ranks call the teacher equally often: it may be sharded."""
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     missing = list(split.missing.items())
     for first in tqdm(range(0, len(missing), num_ranks), "store", disable=not accelerator.is_main_process):
@@ -139,18 +128,9 @@ def _store_missing(split: SplitFiles, rows, compute: Callable, batch_size: int, 
         starts = range(0, len(turn[0][1]), batch_size)  # no file of a split has more rows than those before it
         batches = [compute(mine[start : start + batch_size], split.tensors) for start in starts]
         if path is not None:
-            tensors = {}
-            for name, (_, dtype) in split.tensors.items():
-                tensors[name] = torch.cat([batch[name] for batch in batches]).to(getattr(torch, dtype))
-            _write(path, tensors)
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a file of tensors under a temporary name, and rename it once it is on the disk."""
-    temporary = path.with_name(f".writing_{path.name}")
-    temporary.write_bytes(save(tensors))
-    files.sync(temporary)
-    os.replace(temporary, path)
+            tensors = {name: torch.cat([batch[name] for batch in batches]) for name in split.tensors}
+            tensors = {name: x.to(getattr(torch, split.tensors[name][1])) for name, x in tensors.items()}
+            files.write(path, save(tensors))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -160,9 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     except UsageError as error:
         sys.exit(f"kdkit: {error}")
     except OSError as error:
-        sys.exit(
-            f"kdkit: targets cannot be written ({error}): make room, or choose another targets_dir; then run it again"
-        )
+        sys.exit(f"kdkit: targets cannot be written ({error}): make room, or change targets_dir; then run it again")
     leave_processes()
 
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from families import tiny
 from helpers import FIELDS, student_with_dropout, with_another
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdkit import DistillConfig
-from kdkit.config import UsageError
+from kdkit.config import RunStopped, UsageError
 from kdkit.models import (
     ASSETS,
     BodyAndHead,
@@ -273,6 +274,30 @@ def test_generation_of_the_student_stops_where_the_teachers_does(small, folder, 
     assert again.generate(torch.tensor([[3]]), max_new_tokens=9).tolist() == [[3, 7]]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])  # the second has other names in its file than in memory
+def test_export_that_does_not_write_the_weights_in_memory_is_no_final_folder(small, monkeypatch, family):
+    config, tokenizer, wrong = small(), load_tokenizer(small()), {}
+    student = BodyAndHead(tiny(family))
+    save = type(student.model).save_pretrained
+
+    def save_others(model, folder, state_dict):
+        changed = {
+            name: value + wrong.get(name, 0) for name, value in state_dict.items() if wrong.get(name, 0) is not None
+        }
+        save(model, folder, state_dict=changed)
+
+    monkeypatch.setattr(type(student.model), "save_pretrained", save_others)
+    Path(config.output_dir).mkdir()
+    for wrong["model.norm.weight"] in (0, 1e-3, None):
+        if wrong["model.norm.weight"] == 0:
+            assert export(start_accelerator(), student, tokenizer, config).is_dir()
+            shutil.rmtree(Path(config.output_dir) / "final")
+            continue
+        with pytest.raises(RunStopped, match=r"the student could not be saved .* not what is in memory"):
+            export(start_accelerator(), student, tokenizer, config)
+        assert not list(Path(config.output_dir).iterdir())
+
+
 def test_student_that_cannot_be_exported_is_refused_before_it_is_trained(small):
     config, tokenizer = small(), load_tokenizer(small())
     student = load_student(config, None)
@@ -376,24 +401,24 @@ def flip_a_bit(path):
 
 
 def rewrite(path, change):
-    """Change the tensors of a checkpoint, and the size that is recorded."""
+    """Change the tensors of a checkpoint."""
     with safe_open(path / SHARD, "pt") as file:
         parts = json.loads(file.metadata()["DCP_SHARDING_INFO"])
     tensors = change(load_file(path / SHARD))
     parts = {name: parts.get(name, {"saved_offsets": [0] * value.ndim}) for name, value in tensors.items()}
     save_file(tensors, path / SHARD, metadata={"DCP_SHARDING_INFO": json.dumps(parts)})
     state = json.loads((path / "trainer.json").read_text())
-    (path / "trainer.json").write_text(json.dumps({**state, "files": {SHARD: (path / SHARD).stat().st_size}}))
+    (path / "trainer.json").write_text(json.dumps({**state, "files": [SHARD]}))
 
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 DAMAGES = {
-    "truncated": (truncate, SHARD, f"{SHARD} has "),
+    "truncated": (truncate, SHARD, f"{SHARD} cannot be read"),
     "missing": (Path.unlink, SHARD, f"{SHARD} cannot be read"),
     "header": (flip_a_bit, SHARD, f"{SHARD} cannot be read"),
     "state missing": (Path.unlink, "trainer.json", "trainer.json cannot be read"),
     "state truncated": (truncate, "trainer.json", "trainer.json cannot be read"),
-    "state of another kind": (lambda path: path.write_text('{"files": [1]}'), "trainer.json", "trainer.json cannot be"),
+    "state of another kind": (lambda path: path.write_text('{"files": 1}'), "trainer.json", "trainer.json cannot be"),
 }
 
 

@@ -366,7 +366,7 @@ def test_sharded_checkpoint_without_a_chunk_is_not_loaded_in_part(runs, tmp_path
         ),
         ({"WORLD_SIZE": "2"}, r"asked for 2 process\(es\), but DistributedType\.NO with 1"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision is fp16, expected bf16 or no"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED is not supported"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED .* not supported"),
     ],
 )
 def test_launcher_that_gets_something_else_than_it_asked_for_is_an_error(monkeypatch, variables, named):

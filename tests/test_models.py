@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -270,26 +271,21 @@ def test_missing_weights_are_never_random(small, folder, role, change, message):
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
-@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json", "half"])
-def test_incomplete_folder_is_named_before_the_data_is_read(small, folder, role, missing):
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json", "half", "shard"])
+def test_incomplete_folder_is_named_before_anything_is_trained(small, folder, role, missing):
     if missing == "half":
         content = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-    else:
+    elif missing == "shard":
+        load_teacher().save_pretrained(folder, max_shard_size="1MB")
+        (folder / "model.safetensors").unlink()
+        missing = sorted(folder.glob("model-*.safetensors"))[1].name
+    if missing != "half":
         (folder / missing).unlink()
     message = {"half": "broken safetensors", "tokenizer.json": "has no tokenizer: copy"}.get(missing, missing)
     with pytest.raises(UsageError, match=rf"^{role}_model .*{message}"):
-        train(small(**{f"{role}_model": str(folder)}, dataset="never/looked-at"))
-
-
-def test_missing_shard_is_named_before_the_data_is_read(small, folder):
-    load_teacher().save_pretrained(folder, max_shard_size="1MB")
-    (folder / "model.safetensors").unlink()
-    check_models(small(teacher_model=str(folder)))
-    shard = sorted(folder.glob("model-*.safetensors"))[1]
-    shard.unlink()
-    with pytest.raises(UsageError, match=rf"teacher_model .*{shard.name}"):
-        check_models(small(teacher_model=str(folder)))
+        train(small(**{f"{role}_model": str(folder)}))
+    assert not Path(small().output_dir).exists()
 
 
 def test_quantised_model_is_refused_as_a_student_and_allowed_as_a_teacher(small, folder):
@@ -373,7 +369,7 @@ def test_unsuitable_model_is_refused_by_name(small, teacher, student, message):
 
 def test_dropout_in_the_student_is_reported(small):
     report = check(small, tiny(), tiny(attention_dropout=0.1)).report
-    assert "note: the student has dropout (attention_dropout 0.1)" in report
+    assert "note: the student has attention_dropout 0.1, which adds noise to the divergence" in report
 
 
 def test_same_tokenizer_passes_and_another_of_the_same_size_is_refused(small, folder):
@@ -409,17 +405,6 @@ def test_reserved_tokens_may_have_other_names_but_other_tokens_may_not(small, fo
     edit(folder / "tokenizer_config.json", chat_template="<|reserved|>{{ messages[0]['content'] }}")
     with pytest.raises(UsageError, match=r"1 tokens have different ids, such as '<\|reserved\|>'"):
         check(small, tiny(1030), tiny(1030), **fields)
-
-
-def test_chat_templates_that_render_the_same_are_not_reported(small, folder):
-    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    other = shutil.copytree(folder, folder.parent / "other")
-    fields = {"teacher_model": str(folder), "student_model": str(other)}
-    for text, noted in ((template + "{# the same #}", False), (template + "!", True), ("{{ x.y.z }}", True)):
-        edit(folder / "tokenizer_config.json", chat_template=template)
-        edit(other / "tokenizer_config.json", chat_template=text)
-        report = check(small, tiny(), tiny(), **fields).report
-        assert any("chat templates differ" in line for line in report) == noted
 
 
 def test_student_with_experts_is_reported(small):

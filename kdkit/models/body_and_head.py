@@ -1,8 +1,5 @@
 """A causal language model as the loss needs it: last hidden states, and a head whose product with them is the logits.
 
-Whether that is so, and whether several documents may share a row, differs between families and between versions of
-transformers. So each model is asked, with a few tokens, on the device where it runs: see `kdkit.models.examination`.
-
 Shapes: B rows, S tokens, H hidden size, V rows of a head (entries of the vocabulary).
 """
 
@@ -20,9 +17,8 @@ from kdkit.config import UsageError
 class BodyAndHead(nn.Module):
     """A causal language model that passes its last hidden states and its head to a function.
 
-    The loss and the metrics are computed from hidden states and head, chunk by chunk, so that no tensor of the size
-    tokens x vocabulary has to exist. Both are read inside `forward`, since DDP notices the use of a parameter,
-    and FSDP gathers sharded parameters, only there. So always call this module, never a part of it.
+    So no tensor of the size tokens x vocabulary has to exist. Always call this module, never a part of it: DDP notices
+    the use of a parameter, and FSDP gathers sharded parameters, only in `forward`.
 
     `examine` finds the attributes `packs`, `logit_scale` and `soft_cap`: logits = soft_cap(hidden @ head^T, cap) for
     the hidden states and the head that the function is given, which contain the scale and the bias, if there are any.
@@ -32,9 +28,7 @@ class BodyAndHead(nn.Module):
         super().__init__()
         head = model.get_output_embeddings()
         if getattr(head, "weight", None) is None:
-            raise UsageError(
-                f"{type(model).__name__} has no output embedding to compute logits with: use another model"
-            )
+            raise UsageError(f"{type(model).__name__} has no output embedding to compute logits with: use another one")
         self.model = model
         # get_decoder and base_model may return the model itself, or a head of that name
         candidates = (model.get_decoder(), model.base_model, *model.children())
@@ -50,23 +44,17 @@ class BodyAndHead(nn.Module):
         self.logit_scale, self.soft_cap = 1.0, None
 
     def tie_weights(self) -> None:
-        """Tie embedding and head again if the model ties them. FSDP calls it after it has replaced parameters."""
+        """Tie embedding and head again: FSDP calls it after it has replaced parameters."""
         self.model.tie_weights()
 
     def recompute_activations(self) -> None:
         """Keep only the input of each decoder layer for the backward pass, which then runs the layer again."""
         if not self.model.supports_gradient_checkpointing:
-            name = type(self.model).__name__
-            raise UsageError(
-                f"gradient_checkpointing is true, but {name} does not support it in transformers: set it to false"
-            )
+            raise UsageError(f"{type(self.model).__name__} does not support gradient_checkpointing: set it to false")
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(self, batch: dict[str, Tensor] | None, function: Callable = lambda *both: both, *arguments):
-        """Return function(hidden (B, S, H), head (V, H), *arguments) for a batch of `kdkit.data.collate`.
-
-        Without a batch, return function(self, *arguments): for a check that has to read parameters.
-        """
+        """Return function(hidden (B, S, H), head (V, H), *arguments), or without a batch function(self, *arguments)."""
         if batch is None:
             return function(self, *arguments)
         return function(*self.with_bias(self.body(batch).last_hidden_state), *arguments)
@@ -79,21 +67,18 @@ class BodyAndHead(nn.Module):
         """Return the output of the model without its head."""
         # No attention mask: transformers derives one from the position ids, which keeps packed documents apart. Only
         # flash attention has to be told where documents start, or it takes a batch of several rows as unpacked.
-        boundaries = {}
-        if self.packs:
-            boundaries["position_ids"] = batch["position_ids"]
-            if "flash" in self.model.config._attn_implementation:
-                starts, longest = batch["cu_seq_lens"], batch["max_length"]
-                boundaries |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
-                boundaries |= {"max_length_q": longest, "max_length_k": longest}
+        boundaries = {"position_ids": batch["position_ids"]} if self.packs else {}
+        if self.packs and "flash" in self.model.config._attn_implementation:
+            for side in ("q", "k"):
+                boundaries[f"cu_seq_lens_{side}"] = batch["cu_seq_lens"]
+                boundaries[f"max_length_{side}"] = batch["max_length"]
         with _documents_known(batch, self.packs):
             return self.decoder(input_ids=batch["input_ids"], use_cache=False, **boundaries)
 
     def with_bias(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return hidden states (..., H) and head (V, H) with the scale and the bias of the logits in them.
 
-        The bias is one more column of the head, for hidden states that are 1 there. Seven columns of 0 follow, since
-        matrix products are fast if H is a multiple of 8.
+        The bias is one more column of the head, followed by seven of 0: products are fast if H is a multiple of 8.
         """
         head = self.model.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from kdkit.config import UsageError
-from kdkit.models.load import shares_head
 from kdkit.running.hub import first_line
 
 
@@ -20,23 +19,18 @@ def student_from_layers(teacher: nn.Module, layers: list[int] | int) -> nn.Modul
     if isinstance(layers, int):
         layers = [round(i * (depth - 1) / max(layers - 1, 1)) for i in range(layers)]
     if not layers or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= depth:
-        raise UsageError(
-            f"student_layers is {given}, and the teacher has {depth} layers: give a number from 1 to {depth}, or "
-            f"rising indices from 0 to {depth - 1}"
-        )
+        raise UsageError(f"student_layers is {given}: give a number from 1 to {depth}, or rising indices below {depth}")
     if any(parameter.element_size() < 2 for parameter in teacher.parameters()):
         raise UsageError("student_layers needs a teacher that is not quantised: give its original as --teacher_model")
     try:
         student = _cut(teacher, layers, teacher.dtype)
-        if not teacher.get_output_embeddings().weight.is_meta:  # with FSDP only rank 0 has the weights, and compares
+        if not teacher.get_output_embeddings().weight.is_meta:
             _compare(student, teacher, layers)
         if student.dtype != torch.float32:  # built anew: casting would keep what was computed in the other dtype
             student = _cut(teacher, layers, torch.float32)
     except Exception as error:  # any: the code of a model may do anything with a config that it was not written for
-        raise UsageError(
-            f"student_layers cannot cut a {type(teacher).__name__} to the layers {layers} ({type(error).__name__}: "
-            f"{first_line(error)}): keep other layers, or give a smaller model of this family as --student_model"
-        ) from error
+        what = f"student_layers cannot cut a {type(teacher).__name__} to the layers {layers} ({first_line(error)})"
+        raise UsageError(f"{what}: keep others, or give a model of this family as --student_model") from error
     return student.train()
 
 
@@ -44,17 +38,14 @@ def _cut(teacher: nn.Module, layers: list[int], dtype: torch.dtype) -> nn.Module
     config, attention = _cut_config(teacher, layers), teacher.config._attn_implementation
     student = type(teacher)._from_config(config, dtype=dtype, attn_implementation=attention)
     student.generation_config = copy.deepcopy(teacher.generation_config)
-    weights, lists = teacher.state_dict(), _layer_lists(student, teacher, layers)
-
-    def origin(name: str) -> Tensor:  # the teacher's tensor for a tensor of the student
-        for prefix in lists:
-            if name.startswith(f"{prefix}."):
-                index, rest = name.removeprefix(f"{prefix}.").split(".", 1)
-                name = f"{prefix}.{layers[int(index)]}.{rest}"
-        return weights[name]
-
-    if not teacher.get_output_embeddings().weight.is_meta:
-        student.load_state_dict({name: origin(name) for name in student.state_dict()})
+    if teacher.get_output_embeddings().weight.is_meta:  # with FSDP only rank 0 has the weights
+        return student
+    weights = teacher.state_dict()
+    for prefix in _layer_lists(student, teacher, layers):
+        weights = {name: value for name, value in weights.items() if not name.startswith(f"{prefix}.")}
+        for index, layer in enumerate(layers):
+            weights |= teacher.get_submodule(f"{prefix}.{layer}").state_dict(prefix=f"{prefix}.{index}.")
+    student.load_state_dict(weights)
     return student
 
 
@@ -71,8 +62,6 @@ def _cut_config(teacher: nn.Module, layers: list[int]):
         elif isinstance(value, list) and "layer" in name and set(map(str, value)) <= set(map(str, range(depth))):
             content[name] = [layers.index(layer) for layer in value if layer in layers]  # indices of layers
     content[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
-    # as the weights are, whatever the config says
-    content["tie_word_embeddings"] = config.tie_word_embeddings = shares_head(teacher)
     parts = [name for name in config.sub_configs if getattr(config, name) is text]
     for name in parts:
         setattr(config, name, type(text).from_dict(content))
@@ -88,30 +77,25 @@ def _layer_lists(student: nn.Module, teacher: nn.Module, layers: list[int]) -> l
 
 @torch.no_grad()
 def _compare(student: nn.Module, teacher: nn.Module, layers: list[int]) -> None:
-    """Raise a ValueError if the student differs from the teacher without its other layers. Both have one dtype.
-
-    Compares the settings of each layer (a window may be longer than the test), and the logits of a few tokens.
-    """
+    """Raise a ValueError if settings of a layer, or logits of some tokens, are not the teacher's without the others."""
     name = _layer_lists(student, teacher, layers)[0]
     blocks, kept = teacher.get_submodule(name), student.eval().get_submodule(name)
-    training, rows = teacher.training, len(teacher.get_output_embeddings().weight)
-    teacher.eval()
     for index, layer in enumerate(layers):
         before, after = _settings(blocks[layer]), _settings(kept[index])
-        for key in sorted(before.keys() | after.keys()):
-            values = after.get(key), before.get(key)
-            if values[0] != values[1] and values != (index, layer):  # a layer may know its index
-                raise ValueError(f"{name}.{index}.{key} would be {values[0]}, and is {values[1]} in the teacher")
+        changed = {key: (before.get(key), after.get(key)) for key, _ in before.items() ^ after.items()}
+        if wrong := [key for key, values in changed.items() if values != (layer, index)]:  # it may know its index
+            raise ValueError(f"layer {layer} of the teacher would have another {min(wrong)}")
 
     def skip(module, args, kwargs, output):
         hidden = args[0] if args else kwargs["hidden_states"]
         return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
-    skipped = [block for index, block in enumerate(blocks) if index not in layers]
+    skipped = [blocks[index] for index in range(len(blocks)) if index not in layers]
     hooks = [block.register_forward_hook(skip, with_kwargs=True) for block in skipped]
+    training, rows = teacher.training, len(teacher.get_output_embeddings().weight)
     ids = torch.linspace(0, rows - 1, 16, device=teacher.device).long()[None]
     try:
-        expected, logits = (model(input_ids=ids, use_cache=False).logits.float() for model in (teacher, student))
+        expected, logits = (model.eval()(input_ids=ids, use_cache=False).logits.float() for model in (teacher, student))
     finally:
         teacher.train(training)
         for hook in hooks:
@@ -121,5 +105,6 @@ def _compare(student: nn.Module, teacher: nn.Module, layers: list[int]) -> None:
 
 
 def _settings(block: nn.Module) -> dict:
+    """Return the numbers, strings and flags of all modules of a layer, without those that transformers keeps."""
     items = ((f"{name}.{key}", value) for name, part in block.named_modules() for key, value in vars(part).items())
     return {key: x for key, x in items if isinstance(x, (bool, int, float, str, type(None))) and "._" not in key}

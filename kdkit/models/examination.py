@@ -1,9 +1,8 @@
 """Ask a model, with a few tokens, what the loss relies on; nothing here is read from its config or its name.
 
-- Documents that share a row: does each give what it gives alone? If not, a row may have one document only.
-- Batches and padding: does a row give the same beside other rows, with padding on its right?
-- Causality: does a token see only those before it?
-- The head: which scale, bias and soft cap lead from the last hidden states to the logits?
+- Does a document give the same in a row with others as alone? If not, a row may have one document only.
+- Does a row give the same beside other rows and padding? Does a token see only those before it?
+- Which scale, bias and soft cap lead from the last hidden states to the logits?
 
 Shapes: L tokens of a document, H hidden size, V rows of the head.
 """
@@ -19,32 +18,27 @@ from torch import Tensor, nn
 from kdkit.config import UsageError
 from kdkit.losses import soft_cap
 from kdkit.models.body_and_head import BodyAndHead
+from kdkit.running.hub import first_line
 
 DOCUMENT_TOKENS = 4  # L
+OTHER_HEAD = "has logits that are not soft_cap(scale * hidden @ head^T + bias), as the loss expects"
 
 
 @torch.no_grad()
 def examine(module: nn.Module, role: str, rows: Sequence[dict], device: torch.device) -> list[str]:
     """Set `packs`, `logit_scale` and `soft_cap` of a `BodyAndHead`, to what the model does on tokens of these rows.
 
-    `module` is the `BodyAndHead`, or what accelerate made of it. With several ranks, each of them calls this. Returns
-    lines to print.
-
-    Raises:
-        UsageError: the model is not causal, depends on other rows or on padding, or has logits of another form.
+    `module` is the `BodyAndHead`, or what accelerate made of it. Called by all ranks. Returns lines to print. Raises a
+    UsageError if the model is not causal, depends on other rows or on padding, or has logits of another form.
     """
     model = getattr(module, "module", module)  # without DDP
     tokens = chain(chain.from_iterable(row["input_ids"] for row in islice(rows, 64)), range(model.head_rows))
     ids = torch.tensor(list(islice(dict.fromkeys(tokens), 3 * DOCUMENT_TOKENS)), device=device)
     was_training = module.training
-    module.eval()  # without dropout
-    try:
-        module(None, _examine, role, ids)
-    finally:
-        module.train(was_training)
-    head = [f"a soft cap of {model.soft_cap:g}"] if model.soft_cap is not None else []
-    head += [f"a scale of {model.logit_scale:g}"] if model.logit_scale != 1 else []
-    return [f"the {role}'s logits have {' and '.join(head)}: applied in the loss"] if head else []
+    module.eval()(None, _examine, role, ids)  # without dropout
+    module.train(was_training)
+    notes = [f"the {role}'s logits have a soft cap of {model.soft_cap:g}"] if model.soft_cap is not None else []
+    return notes + ([f"the {role}'s logits are scaled by {model.logit_scale:g}"] if model.logit_scale != 1 else [])
 
 
 def _examine(model: BodyAndHead, role: str, ids: Tensor) -> None:
@@ -53,31 +47,28 @@ def _examine(model: BodyAndHead, role: str, ids: Tensor) -> None:
     # flash attention has no fp32: it then runs as in training
     flash = "flash" in model.model.config._attn_implementation
     with torch.autocast(ids.device.type, enabled=flash and torch.is_autocast_enabled(ids.device.type)):
-        error = None
         for model.packs in (True, False):
+            error = None
             try:
                 alone = _body(model, first[None])
                 fault = _fault(model, alone.last_hidden_state[0], first, second, third)
+                fault = fault or _find_head(model, first[None], alone)
             except torch.OutOfMemoryError:
                 raise
             except Exception as caught:  # whatever the model's own code raises
-                message = next(iter(str(caught).splitlines()), "")
-                fault, error = f"cannot run on plain token ids ({type(caught).__name__}: {message})", caught
+                fault = f"cannot run on plain token ids ({type(caught).__name__}: {first_line(caught)})"
+                error = caught
             if fault is None:
-                break
-        else:
-            name = type(model.model).__name__
-            raise UsageError(f"the {role} ({name}) {fault}: use a causal language model of another family") from error
-        _find_head(model, role, first[None], alone)
+                return
+    raise UsageError(f"the {role} ({type(model.model).__name__}) {fault}: use a model of another family") from error
 
 
 def _fault(model: BodyAndHead, alone: Tensor, first: Tensor, second: Tensor, third: Tensor) -> str | None:
     """Return what is wrong with rows of several documents (`packs`), or of one; None if nothing is.
 
-    The first document has run alone, which gave `alone` (L, H). Here it runs in a batch, behind and before another
-    document, which is what padding is, too. If it gives the same everywhere, it sees no other document, row, or
-    padding. If it still gives the same, except for its last token, when that token and the document before it are
-    replaced, it sees no later token.
+    The first document, which gave `alone` (L, H), now runs in a batch, behind and before another document, which is
+    what padding is, too. If it gives the same everywhere, it sees no other document, row, or padding. If its earlier
+    tokens give the same when its last one and the document before it are replaced, it sees no later token.
     """
     changed = torch.cat([first[:-1], third[:1]])
     rows = [[third, first], [second, changed], [first, second]]
@@ -85,7 +76,7 @@ def _fault(model: BodyAndHead, alone: Tensor, first: Tensor, second: Tensor, thi
         rows = [[first, second], [changed, third], [first, third]]
     at = slice(len(first), None) if model.packs else slice(len(first))  # where `first` and `changed` are
     output = _body(model, torch.stack([torch.cat(row) for row in rows]), len(first)).last_hidden_state  # (3, 2 L, H)
-    # The same shapes give the same rounding errors, except in mixtures of experts.
+    # the same shapes give the same rounding errors, except in mixtures of experts
     same_shape, other_shape = (1e-5, 1e-3) if alone.dtype == torch.float32 else (0.02, 0.05)
     if _differ(output[1, at][:-1], output[0, at][:-1], same_shape):
         return "lets a token see a later one" + " or another document" * model.packs
@@ -97,10 +88,9 @@ def _fault(model: BodyAndHead, alone: Tensor, first: Tensor, second: Tensor, thi
 def _body(model: BodyAndHead, ids: Tensor, length: int | None = None):
     """Run the model without its head on rows of documents of `length` tokens (None: of one document)."""
     length = length or ids.shape[1]
-    positions = torch.arange(ids.shape[1], device=ids.device) % length
+    positions = (torch.arange(ids.shape[1], device=ids.device) % length).expand_as(ids)
     starts = torch.arange(0, ids.numel() + 1, length, dtype=torch.int32, device=ids.device)
-    batch = {"input_ids": ids, "position_ids": positions.expand_as(ids), "cu_seq_lens": starts, "max_length": length}
-    return model.body(batch)
+    return model.body({"input_ids": ids, "position_ids": positions, "cu_seq_lens": starts, "max_length": length})
 
 
 def _differ(a: Tensor, b: Tensor, limit: float) -> bool:
@@ -108,22 +98,14 @@ def _differ(a: Tensor, b: Tensor, limit: float) -> bool:
     return bool((a.float() - b.float()).norm() > limit * b.float().norm())
 
 
-def _find_head(model: BodyAndHead, role: str, ids: Tensor, output) -> None:
+def _find_head(model: BodyAndHead, ids: Tensor, output) -> str | None:
     """Find `logit_scale` and `soft_cap`, by giving hidden states of four sizes to the model's own head.
 
-    `ids` is (1, L), and `output` what the body gives for them.
-
-    Raises:
-        UsageError: the logits have another form.
+    `ids` is (1, L), and `output` what the body gives for them. Returns what is wrong if the logits have another form.
     """
-    name, head = type(model.model).__name__, model.model.get_output_embeddings()
-    refusal = UsageError(
-        f"the {role}'s logits are not soft_cap(scale * hidden @ head^T + bias): {name} takes another step from the "
-        f"last hidden states to the logits, which the loss would not take. Use another {role}"
-    )
-    hidden = output.last_hidden_state  # (1, L, H)
+    head, hidden = model.model.get_output_embeddings(), output.last_hidden_state  # (1, L, H)
     if hidden.shape[-1] != head.weight.shape[1]:
-        raise refusal
+        return OTHER_HEAD
     bias = 0 if getattr(head, "bias", None) is None else head.bias.float()
     product = hidden.float() @ head.weight.float().T  # (1, L, V)
     # as it is, and so that the largest product is about 1, 1e4 and 1e5; powers of 2 cause no rounding
@@ -131,14 +113,11 @@ def _find_head(model: BodyAndHead, role: str, ids: Tensor, output) -> None:
     sizes = torch.cat([torch.ones_like(sizes[:1]), sizes])[:, None, None]  # (4, 1, 1)
     fed = dataclasses.replace(output, last_hidden_state=hidden * sizes.to(hidden.dtype))
     with mock.patch.object(model.decoder, "forward", lambda *_, **__: fed):
-        try:
-            logits = model.model(input_ids=ids.expand(4, -1), use_cache=False).logits.float()  # (4, L, V)
-        except (RuntimeError, TypeError) as error:  # the head cannot be called with such hidden states
-            raise refusal from error
+        logits = model.model(input_ids=ids.expand(4, -1), use_cache=False).logits.float()  # (4, L, V)
     if logits.isnan().any():  # the first evaluation reports it
-        return
+        return None
     if logits.shape != (4, *product.shape[1:]):
-        raise refusal
+        return OTHER_HEAD
     exact = {hidden.dtype, head.weight.dtype} == {torch.float32}
     limit, error = (1e-3, 1e-5) if exact else (0.02, 1e-3)
     highest = logits.abs().amax((1, 2))
@@ -149,16 +128,14 @@ def _find_head(model: BodyAndHead, role: str, ids: Tensor, output) -> None:
     expected = (product * sizes)[1]
     model.logit_scale = _round(((small - bias) * expected).sum() / expected.square().sum(), error)
     expected = soft_cap(model.logit_scale * product * sizes + bias, model.soft_cap)
-    if not ((expected - logits).abs().amax((1, 2)) <= limit * highest).all():
-        raise refusal
+    return None if ((expected - logits).abs().amax((1, 2)) <= limit * highest).all() else OTHER_HEAD
 
 
 def _round(value: Tensor, tolerance: float) -> float:
     """Undo the error of a measurement: the shortest number near it, or 1 over one: 1 for 1.00001, 1 / 6 for 0.1667."""
     value = float(value)
-    numbers = (number for digits in range(1, 9) for number in _rounded(value, digits))
-    return next((number for number in numbers if abs(number - value) <= tolerance * abs(value)), value)
-
-
-def _rounded(value: float, digits: int) -> tuple[float, float]:
-    return float(f"{value:.{digits}g}"), 1 / float(f"{1 / value:.{digits}g}")
+    for digits in range(1, 9):
+        for number in (float(f"{value:.{digits}g}"), 1 / float(f"{1 / value:.{digits}g}")):
+            if abs(number - value) <= tolerance * abs(value):
+                return number
+    return value

@@ -1,11 +1,12 @@
 """Check, before anything is trained, that two models fit each other and that the student can be saved."""
 
 import tempfile
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from torch import nn
+from transformers import AutoTokenizer, GenerationConfig
 
 from kdkit.config import DistillConfig, UsageError
 from kdkit.models.body_and_head import wrap
@@ -21,56 +22,77 @@ class Pair(NamedTuple):
 
 
 def check_pair(config: DistillConfig, teacher, student, tokenizer) -> Pair:
-    """Check that the divergence between these two models is meaningful.
+    """Check that the divergence between these two models is meaningful, or raise a UsageError.
 
-    Both models must give each token the same id: the maps from tokens to ids are compared, not their sizes. Heads may
-    be padded to different numbers of rows; both are cut to the smaller number. Different special tokens and chat
-    templates are allowed, and reported. The models are transformers models, a teacher of `kdkit.teachers`, or a
-    `BodyAndHead`.
-
-    Raises:
-        UsageError: the tokenizers differ, a head has fewer rows than there are tokens, or max_length is larger than a
-            context.
+    Both must give each token the same id: the maps from tokens to ids are compared, not their sizes. Heads may be
+    padded to different numbers of rows, and are cut to the smaller one. Other special tokens and chat templates are
+    reported. The models are transformers models, teachers of `kdkit.teachers`, or of the class `BodyAndHead`.
     """
-    from transformers import AutoTokenizer
-
-    other, renamed = tokenizer, 0
+    other = tokenizer
     if config.student_layers is None and config.student_is_pretrained:
         other = load_pretrained(AutoTokenizer, config.student_model, "student", config)
-        renamed = _check_same_ids(config, tokenizer, other)
-    entries = max(tokenizer.get_vocab().values()) + 1
+    entries, renamed = max(tokenizer.get_vocab().values()) + 1, _check_same_ids(config, tokenizer, other)
     teacher, student = wrap(teacher), wrap(student)
     for role, model in (("teacher", teacher), ("student", student)):
         if model.head_rows < entries:
-            raise UsageError(
-                f"the {role}'s head has {model.head_rows} rows for a tokenizer of {entries} entries: "
-                f"call resize_token_embeddings({entries}) on it, or use a {role} made for this tokenizer"
-            )
+            what = f"the {role}'s head has {model.head_rows} rows for a tokenizer of {entries} entries"
+            raise UsageError(f"{what}: call resize_token_embeddings({entries}) on it, or use another {role}")
         if model.context is not None and config.max_length > model.context:
-            limit = f"expected at most {model.context:,}, the context of the {role}"
-            raise UsageError(f"max_length is {config.max_length:,}, {limit}")
+            expected = f"expected at most {model.context:,}, the context of the {role}"
+            raise UsageError(f"max_length is {config.max_length:,}, {expected}")
     vocab_size = min(teacher.head_rows, student.head_rows)
-    report = [f"tokenizer: {entries:,} entries, the same for both"]
-    if renamed:
-        report[0] += f" but for {renamed:,} names of reserved tokens, which are in no text"
+    reserved = f" but for {renamed:,} names of reserved tokens, which are in no text" if renamed else ""
+    report = [f"tokenizer: {entries:,} entries, the same for both{reserved}"]
     if teacher.head_rows != student.head_rows:
         report.append(f"heads: {teacher.head_rows:,} and {student.head_rows:,} rows, both cut to {vocab_size:,}")
     return Pair(vocab_size, report + _notes(tokenizer, other, student.model))
 
 
-def check_export(student, tokenizer, config: DistillConfig) -> None:
-    """Set the ids that end a text in the student's configs, then write and read final/ once, without its weights.
+def _check_same_ids(config: DistillConfig, tokenizer, other) -> int:
+    """Raise a UsageError if a text has other ids for the student; return how many reserved tokens have another name.
 
-    Called before step 1. Raises a UsageError for what would otherwise make the export fail, or give another model.
+    Reserved are special tokens without a purpose: neither a role of the teacher, such as eos, nor in its chat template.
     """
-    from transformers import GenerationConfig
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    names = {token for token in ours | theirs if ours.get(token) != theirs.get(token)}
+    added = [*tokenizer.added_tokens_decoder.values(), *other.added_tokens_decoder.values()]
+    roles = [role for role in tokenizer.special_tokens_map.values() if isinstance(role, str)]
+    reserved = {token.content for token in added if token.special and token.content not in roles}
+    if differing := sorted(token for token in names if token not in reserved or token in str(tokenizer.chat_template)):
+        examples = ", ".join(f"{token!r} ({ours.get(token)} and {theirs.get(token)})" for token in differing[:3])
+        raise UsageError(
+            f"{config.teacher_model} and {config.student_model} have different tokenizers: {len(differing):,} tokens "
+            f"have different ids, such as {examples}: use models of one family, or --student_layers"
+        )
+    return len(names)
 
+
+def _notes(ours, theirs, student: nn.Module) -> list[str]:
+    """Report the special tokens, and differences that are allowed but may surprise."""
+    notes = [f"special tokens: bos {ours.bos_token}, eos {ours.eos_token}, pad {ours.pad_token}"]
+    if ours.pad_token_id == ours.eos_token_id:
+        notes[0] += " (pad and eos share an id; padding is masked by position, so eos is still learned)"
+    for name in ("bos_token", "eos_token"):
+        first, second = getattr(ours, name), getattr(theirs, name)
+        if first != second:
+            notes.append(f"note: {name} is {first} for the teacher and {second} for the student: the teacher's is used")
+    if ours.chat_template != theirs.chat_template:
+        notes.append("note: the chat templates differ: the teacher's is used for both")
+    if any(name.endswith("experts") for name, _ in student.named_modules()):
+        notes.append("note: the student has experts: the loss has no term that balances their load")
+    for name, value in student.config.get_text_config().to_dict().items():
+        if "drop" in name and isinstance(value, float) and value:
+            notes.append(f"note: the student has {name} {value:g}, which adds noise to the divergence")
+    return notes
+
+
+def check_export(student, tokenizer, config: DistillConfig) -> None:
+    """Set the ids that end a text in the student's configs, then write and read final/ once, without its weights."""
     model, (path, revision) = student.model, locate(config.teacher_model, "teacher")
-    try:
-        ids = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
-    except OSError:  # the teacher has no such file
-        ids = None
-    ids = [tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]
+    ids = [tokenizer.eos_token_id]
+    with suppress(OSError):  # the teacher has no such file
+        given = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
+        ids += given if isinstance(given, list) else [given]
     ids = [number for number in dict.fromkeys(ids) if number is not None]
     generation = [model.generation_config] if model.can_generate() else []
     for settings in (model.config, model.config.get_text_config(), *generation):
@@ -90,59 +112,5 @@ def check_export(student, tokenizer, config: DistillConfig) -> None:
         if read != expected:
             raise ValueError(f"it would be read with another {min(read ^ expected)[0]}")
     except Exception as error:  # any: the code of a model and its configs may fail in any way
-        raise UsageError(
-            f"the student could not be saved as {config.output_dir}/final ({first_line(error)}): correct config.json "
-            "and generation_config.json in its folder, or choose another student"
-        ) from error
-
-
-def _check_same_ids(config: DistillConfig, tokenizer, other) -> int:
-    """Raise a UsageError if a text has other ids for the student; return how many reserved tokens have another name."""
-    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-    names = {token for token in ours | theirs if ours.get(token) != theirs.get(token)}
-    differing = sorted(names - _reserved(tokenizer) - _reserved(other))
-    if not differing:
-        return len(names)
-    examples = ", ".join(f"{token!r} ({ours.get(token)} and {theirs.get(token)})" for token in differing[:3])
-    raise UsageError(
-        f"teacher {config.teacher_model} and student {config.student_model} have different tokenizers: "
-        f"{len(differing):,} tokens have different ids, such as {examples}. Their distributions cannot be compared: "
-        "use two models of one family, or cut the student from the teacher with --student_layers"
-    )
-
-
-def _reserved(tokenizer) -> set[str]:
-    """Return the special tokens without a purpose: neither a role, such as eos, nor a place in the chat template."""
-    roles = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return {token for token in special - roles if token not in str(tokenizer.chat_template)}
-
-
-def _rendered(tokenizer) -> str | None:
-    """Return a short conversation in the tokenizer's chat template: two templates may differ in their text alone."""
-    if tokenizer.chat_template is None:
-        return None
-    turns = [{"role": role, "content": role.title()} for role in ("user", "assistant", "user")]
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TemplateError:  # it is not for such conversations
-        return tokenizer.chat_template
-
-
-def _notes(ours, theirs, student: nn.Module) -> list[str]:
-    """Report the special tokens, and differences that are allowed but may surprise."""
-    notes = [f"special tokens: bos {ours.bos_token}, eos {ours.eos_token}, pad {ours.pad_token}"]
-    if ours.pad_token_id == ours.eos_token_id:
-        notes[0] += " (pad and eos share an id; padding is masked by position, so eos is still learned)"
-    for name in ("bos_token", "eos_token"):
-        first, second = getattr(ours, name), getattr(theirs, name)
-        if first != second:
-            notes.append(f"note: {name} is {first} for the teacher and {second} for the student: the teacher's is used")
-    if _rendered(ours) != _rendered(theirs):
-        notes.append("note: the chat templates differ: the teacher's is used for both")
-    if any(name.endswith("experts") for name, _ in student.named_modules()):
-        notes.append("note: the student has experts: the loss has no term that balances their load")
-    # Dropout in the student is allowed, but adds noise to the divergence from the teacher.
-    values = student.config.get_text_config().to_dict().items()
-    dropout = [f"{name} {value:g}" for name, value in values if "drop" in name and isinstance(value, float) and value]
-    return notes + ([f"note: the student has dropout ({', '.join(dropout)})"] if dropout else [])
+        what = f"the student could not be saved as {config.output_dir}/final ({first_line(error)})"
+        raise UsageError(f"{what}: correct its config.json and generation_config.json, or choose another") from error

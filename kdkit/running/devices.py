@@ -5,24 +5,18 @@ import os
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    GradientAccumulationPlugin,
-    parse_flag_from_env,
-)
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
+from accelerate.utils import parse_flag_from_env as flag
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from kdkit.config import UsageError
 
 
 def start_accelerator() -> Accelerator:
-    """Start accelerate in this process, with bf16 mixed precision unless its configuration says otherwise.
-
-    Raises a UsageError if the launcher asked for something that kdkit does not support, or that did not start.
-    """
-    if parse_flag_from_env("ACCELERATE_USE_CPU") and not torch.cuda.is_initialized():
+    """Start accelerate as the launcher asked for it, with bf16 mixed precision by default; or raise a UsageError."""
+    if flag("ACCELERATE_USE_CPU") and not torch.cuda.is_initialized():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or FSDP and NCCL would still choose the GPU
-    asked_processes, asked_fsdp = int(os.environ.get("WORLD_SIZE", "1")), parse_flag_from_env("ACCELERATE_USE_FSDP")
+    asked_processes, asked_fsdp = int(os.environ.get("WORLD_SIZE", "1")), flag("ACCELERATE_USE_FSDP")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     on_cpu = device is None or device.type == "mps"  # Apple's GPU cannot join a process group
     # bf16 is slower than fp32 on a CPU without wide vector instructions
@@ -30,54 +24,45 @@ def start_accelerator() -> Accelerator:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no" if slow_bf16 else "bf16")
     if precision not in ("bf16", "no"):  # with fp16, gradients are multiplied by a factor before they are clipped
         raise UsageError(f"mixed_precision is {precision}, expected bf16 or no: set it in accelerate's configuration")
-    for name in ("DEEPSPEED", "MEGATRON_LM"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
-            raise UsageError(f"{name} is not supported: launch with a file of accelerate_configs/ (DDP or FSDP)")
+    if flag("ACCELERATE_USE_DEEPSPEED") or flag("ACCELERATE_USE_MEGATRON_LM"):
+        raise UsageError("DEEPSPEED and MEGATRON_LM are not supported: launch with a file of accelerate_configs/")
     if on_cpu and asked_processes > 1:
         _start_cpu_processes(asked_fsdp)
-    # the training loop divides by the tokens of the step: accelerate must not divide again
-    accumulation = GradientAccumulationPlugin(num_steps=1)
-    # without it, DDP keeps a second copy of the gradients
-    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(
-        mixed_precision=precision, gradient_accumulation_plugin=accumulation, kwargs_handlers=[buckets]
+        mixed_precision=precision,
+        # the training loop divides by the tokens of the step: accelerate must not divide again
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # without it, DDP keeps a second copy of the gradients
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     is_fsdp = accelerator.distributed_type == DistributedType.FSDP
     if accelerator.num_processes != asked_processes or (asked_fsdp and not is_fsdp):
-        raise UsageError(
-            f"the launcher asked for {asked_processes} process(es){' with FSDP' if asked_fsdp else ''}, but "
-            f"{accelerator.distributed_type} with {accelerator.num_processes} is running: each process needs a GPU of "
-            "its own, and FSDP at least two processes; on CPUs, use accelerate_configs/fsdp_cpu.yaml or single.yaml"
-        )
+        asked = f"{asked_processes} process(es){' with FSDP' if asked_fsdp else ''}"
+        running = f"{accelerator.distributed_type} with {accelerator.num_processes} is running"
+        remedy = "each process needs a GPU, and FSDP two of them; on CPUs, use accelerate_configs/fsdp_cpu.yaml"
+        raise UsageError(f"the launcher asked for {asked}, but {running}: {remedy}")
     plugin = accelerator.state.fsdp_plugin if is_fsdp else None
     if plugin and plugin.fsdp_version != 2:
         raise UsageError(f"fsdp_version is {plugin.fsdp_version}, expected 2: set it in accelerate's configuration")
     if plugin and precision == "bf16":
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
         # By default accelerate sums gradients over ranks in bf16, and rounds the student's arguments to bf16, among
         # which are the teacher's targets.
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        plugin.mixed_precision_policy = policy
     return accelerator
 
 
 def _start_cpu_processes(fsdp: bool) -> None:
-    """Join the CPU processes of the launcher into one gloo group; for FSDP, report it as MULTI_GPU.
-
-    accelerate 1.15 enables FSDP only for GPU-like devices, and starts no group for FSDP on CPU processes.
-    """
+    """Start a group of CPU processes, reported as GPUs for FSDP: accelerate 1.15 does neither."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
     state = PartialState(cpu=True)
     if fsdp and state.distributed_type == DistributedType.MULTI_CPU:
-        state.distributed_type = DistributedType.MULTI_GPU
-        state.device = torch.device("cpu")
+        state.distributed_type, state.device = DistributedType.MULTI_GPU, torch.device("cpu")
 
 
 def leave_processes() -> None:
     """Leave the process group at the end of a program."""
-    gc.collect()  # with gloo, a DDP model that is destroyed after its group waits forever for the group's thread
+    gc.collect()  # with gloo, a DDP model that is destroyed after its group waits forever
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()

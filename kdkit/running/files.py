@@ -14,10 +14,10 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file. The old content stays until the new content is on the disk."""
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file; a text is encoded as UTF-8. The old content stays until the new content is on the disk."""
     temporary = path.with_name(f".writing_{path.name}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)

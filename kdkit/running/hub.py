@@ -8,18 +8,13 @@ from kdkit.config import UsageError
 REASONS = {  # pattern in an error's class names or text -> the reason, and what to do
     "GatedRepoError|is a gated dataset": "is gated: ask for access at {page}, then `hf auth login` or set HF_TOKEN",
     "RevisionNotFoundError": "has no such revision: {page}/tree/main lists its branches and tags",
-    "RepositoryNotFoundError|doesn't exist on the Hub": (
-        "is neither a local path nor on the hub: check the spelling; if it is private, `hf auth login` first"
-    ),
+    "RepositoryNotFoundError|doesn't exist on the Hub": "is neither a local path nor on the hub (private: log in)",
     "Errno 28|enough disk space": "does not fit on the disk of {cache}: make room, or set HF_HOME to a larger disk",
     "custom code": "comes with Python code of its own, which is not run: read it first, then --trust_remote_code true",
-    "Couldn't instantiate the backend tokenizer": (
-        "has no tokenizer: copy tokenizer.json and tokenizer_config.json of the model that it was made from into it"
-    ),
+    "Couldn't instantiate the backend tokenizer": "has no tokenizer: copy tokenizer*.json of its original into it",
     "SafetensorError": "has a broken safetensors file ({error}): download or copy it again",
     "LocalEntryNotFoundError|ConnectionError|TransportError": (  # httpx raises the last one
-        "could not be loaded: it is neither a local path nor in the cache, and the hub cannot be reached (no network, "
-        "or HF_HUB_OFFLINE is set): give a local path, or load it once with network access"
+        "could not be loaded: it is not a local path or cached, and there is no network, or HF_HUB_OFFLINE is set"
     ),
     "": "could not be loaded: {error} ({remedy})",
 }
@@ -54,9 +49,8 @@ def explain(what: str, name: str, error: Exception, remedy: str) -> UsageError:
     found = "\n".join(f"{[kind.__name__ for kind in type(cause).__mro__]} {cause}" for cause in causes)
     reason = next(reason for pattern, reason in REASONS.items() if re.search(pattern, found))
     page = f"https://huggingface.co/{'datasets/' if 'dataset' in what else ''}{name}"
-    return UsageError(
-        f"{what} {name} {reason.format(page=page, cache=HF_HOME, error=first_line(error), remedy=remedy)}"
-    )
+    reason = reason.format(page=page, cache=HF_HOME, error=first_line(error), remedy=remedy)
+    return UsageError(f"{what} {name} {reason}")
 
 
 def first_line(error: BaseException) -> str:

@@ -9,30 +9,27 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from kdkit.config import DistillConfig, RunStopped
-from kdkit.running.files import write_text
+from kdkit.running import files
 from kdkit.running.hub import first_line
 
 
 class Tracker:
     """Writes each event as a line of metrics.jsonl, and to Weights & Biases under the same keys.
 
-    A run that resumes from `step` repeats the steps after it, so their events are removed. Only the main process is
-    `enabled`. `watch` is called with each event after it is written. `history` has all events so far, also those before
-    the checkpoint of a resumed run; `where` is a line about where they are written.
+    A run that resumes from `step` repeats the steps after it: `history` loses their events. Only the main process is
+    `enabled`. `watch` is called with each event after it is written. `where` is a line to print.
     """
 
     def __init__(self, config: DistillConfig, step: int = 0, enabled: bool = True, watch: Callable | None = None):
-        self.history: list[dict] = []
-        self.where = ""
+        self.history, self.where = [], ""
         self._watch, self._file, self._wandb = watch, None, None
         if not enabled:
             return
         path = Path(config.output_dir) / "metrics.jsonl"
         events = read_metrics(path) if step else []  # from step 0 on, the evaluation of step 0 is repeated, too
         self.history = [event for event in events if event.get("train/step", event.get("eval/step")) <= step]
-        write_text(path, "".join(json.dumps(event) + "\n" for event in self.history))
-        self._file = path.open("a", encoding="utf-8")
-        self.where = f"metrics  {path}"
+        files.write(path, "".join(json.dumps(event) + "\n" for event in self.history))
+        self._file, self.where = path.open("a", encoding="utf-8"), f"metrics  {path}"
         if config.use_wandb:
             self._call_wandb(self._start_wandb, config, step)
 
@@ -52,7 +49,7 @@ class Tracker:
                 self._file.write(json.dumps(event) + "\n")
                 self._file.flush()
             except OSError as error:
-                remedy = "make room and run the same command again: it resumes from the newest checkpoint"
+                remedy = "make room and run the same command again, which resumes"
                 raise RunStopped(f"{self._file.name} cannot be written ({error.strerror}): {remedy}") from error
         if self._wandb:
             self._call_wandb(self._wandb.log, event)
@@ -85,16 +82,15 @@ class Tracker:
             raise RuntimeError("not logged in (run `wandb login`, or set WANDB_MODE=offline)")
         id_file = Path(config.output_dir) / "wandb_id.txt"
         if step == 0 or not id_file.is_file():
-            write_text(id_file, secrets.token_hex(4))
-        run = wandb.init(
+            files.write(id_file, secrets.token_hex(4))
+        self._wandb = wandb.init(
             project=config.wandb_project, entity=config.wandb_entity, name=config.wandb_run_name or run_name(config),
             id=id_file.read_text().strip(), resume="allow", dir=config.output_dir, config=config.as_dict(),
             settings=wandb.Settings(silent=True),
         )  # fmt: skip
         for part in ("train", "eval"):
-            run.define_metric(f"{part}/*", step_metric=f"{part}/step")
-        self._wandb = run
-        self.where += f" and Weights & Biases ({run.url or 'offline, ' + run.dir})"
+            self._wandb.define_metric(f"{part}/*", step_metric=f"{part}/step")
+        self.where += f" and Weights & Biases ({self._wandb.url or 'offline, ' + self._wandb.dir})"
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -105,7 +101,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 def run_name(config: DistillConfig) -> str:
     """Return a name made from the settings."""
-    teacher, student = Path(config.teacher_model).name, Path(config.student_model).name
-    student = student if config.student_layers is None else f"{teacher}-layers"
+    teacher = Path(config.teacher_model).name
+    student = Path(config.student_model).name if config.student_layers is None else f"{teacher}-layers"
     loss = "ce" if config.alpha == 1 else f"{config.divergence}-alpha{config.alpha:g}-T{config.temperature:g}"
     return f"{teacher}-to-{student}-{loss}-seed{config.seed}"

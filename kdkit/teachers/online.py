@@ -6,6 +6,9 @@ import torch
 from accelerate import Accelerator, cpu_offload
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from transformers.integrations import is_fsdp_enabled
 
 from kdkit.config import UsageError
 from kdkit.models import BodyAndHead, examine
@@ -21,21 +24,13 @@ class OnlineTeacher(BodyAndHead):
         self.requires_grad_(False).eval()
 
     def examine(self, rows, device: torch.device) -> list[str]:
-        """See `kdkit.models.examination`."""
         return examine(self, "teacher", rows, device)
 
     def place(self, accelerator: Accelerator, placement: str) -> None:
         """Move the weights to where `placement` says. With FSDP call this after accelerator.prepare.
 
         With `shard`, a layer is gathered while it runs; with `offload`, it is copied to the device. `auto` chooses.
-
-        Raises:
-            UsageError: `shard` with one process.
         """
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-        from transformers.integrations import is_fsdp_enabled
-
         several, device = accelerator.num_processes > 1, accelerator.device
         if placement == "auto":
             placement = self._choose(accelerator)
@@ -43,7 +38,6 @@ class OnlineTeacher(BodyAndHead):
             raise UsageError("teacher_placement is shard, but there is one process: use replicate, offload or auto")
         offload = placement == "offload"
         self.placement = f"{PLACEMENTS[placement].format(accelerator.num_processes)} ({placement})"
-
         from_rank_0 = bool(is_fsdp_enabled())  # then transformers may load the weights on rank 0 only
         weights = self.state_dict() if from_rank_0 and accelerator.is_main_process else {}
         if from_rank_0:
@@ -51,8 +45,7 @@ class OnlineTeacher(BodyAndHead):
         if placement == "replicate":
             self.to(device)
         elif several:
-            # Not accelerate's fsdp2_prepare_model: it needs an FSDP configuration, which a DDP run does not have, and
-            # would apply the student's mixed precision and offloading to the teacher.
+            # not accelerate's fsdp2_prepare_model: it would apply the student's mixed precision and offloading
             policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
             layers = [module for module in self.modules() if type(module).__name__ in (self._no_split_modules or [])]
             for module in [*layers, self]:  # each decoder layer alone, then embedding, norm and head together
@@ -73,15 +66,14 @@ class OnlineTeacher(BodyAndHead):
             return "shard"
         if accelerator.device.type != "cuda":
             return "replicate"
-        need = sum(parameter.nbytes for parameter in self.parameters())
         free = torch.tensor(torch.cuda.mem_get_info(accelerator.device)[0], device=accelerator.device)
         free = accelerator.gather(free).min().item()  # ranks that chose differently would wait for each other forever
-        if need < 0.4 * free:
+        if sum(parameter.nbytes for parameter in self.parameters()) < 0.4 * free:
             return "replicate"
         return "shard" if accelerator.num_processes > 1 else "offload"
 
     def _replace_parameters(self, device: torch.device) -> None:
-        """Replace all parameters by empty ones. Buffers stay: each rank has computed them."""
+        """Replace all parameters by empty ones; each rank has computed the buffers."""
         for module in self.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:

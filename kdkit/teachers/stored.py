@@ -3,7 +3,7 @@
 A folder of targets has
 
     targets.json                 made_for: what the targets were made for, compared with the run that reads them
-                                 layout: head_rows, num_parameters, context, and for each split the files' format
+                                 layout: head_rows, num_parameters, context, and the format of the files of a split
     head.safetensors             the head (V, H)
     train-000000.safetensors     outputs for the tokens in the loss of some consecutive rows: `hidden` (N, H), or
     eval-000000.safetensors      `ids` (N, K) and `log_probs` (N, K + 1); held-out rows always have `hidden`
@@ -26,28 +26,24 @@ from kdkit.data import is_packed, loss_tokens, rows_digest
 from kdkit.losses import TopK
 from kdkit.models import check_models, load_teacher, teacher_fingerprint
 
+MODEL_FACTS = ("head_rows", "num_parameters", "context", "soft_cap")
 DATA_FIELDS = [field.name for field in dataclasses.fields(DataFields) if not field.metadata.get("may_change")]
 
 
 class StoredTeacher:
-    """A teacher whose outputs for the rows of a run are read from files.
-
-    For `hidden` the head is on the device of the run. For `top_k` only evaluation needs it: it stays in CPU memory.
-    """
+    """A teacher whose outputs for the rows of a run are read from files."""
 
     def __init__(self, config: DistillConfig, train_rows, eval_rows, dtype: torch.dtype):
         self.config, folder = config, Path(config.targets_dir)
         layout = read_layout(folder, describe_made_for(config, train_rows, eval_rows, dtype))
-        self.head_rows, self.context = layout["head_rows"], layout["context"]
-        self.num_parameters, self.soft_cap = layout["num_parameters"], layout.get("soft_cap")
+        for name in MODEL_FACTS:
+            setattr(self, name, layout[name])
         self.packs = True  # for the rows of this run, which are those that the targets were made for
         self.train = SplitFiles(folder, "train", train_rows, layout["train"])
         self.eval = SplitFiles(folder, "eval", eval_rows, layout["eval"])
         if missing := [*self.train.missing, *self.eval.missing]:
-            raise UsageError(
-                f"{len(missing)} files of the targets are missing or damaged, such as {missing[0]}: run "
-                "python -m kdkit.targets again with the same arguments, which makes only these files"
-            )
+            what = f"{len(missing)} files of the targets are missing or damaged, such as {missing[0]}"
+            raise UsageError(f"{what}: run python -m kdkit.targets again with the same arguments to make these")
         self.head = load_file(folder / "head.safetensors")["head"]  # (V, H)
         self.placement = f"not loaded: its outputs ({config.targets}) are read from {folder}"
 
@@ -69,29 +65,24 @@ class StoredTeacher:
         return TopK(outputs["ids"], outputs["log_probs"]), None
 
     def place(self, accelerator, placement: str) -> None:
-        """Move the head to the device if every batch needs it; `placement` is about weights, and there are none."""
+        """Move the head to the device if every batch needs it: for `top_k`, only evaluation does."""
         if self.config.targets == "hidden":
             self.head = self.head.to(accelerator.device)
 
     def examine(self, rows, device: torch.device) -> list[str]:
-        """Do nothing: `python -m kdkit.targets` has examined the teacher before it stored the targets."""
-        return []
+        return []  # `python -m kdkit.targets` has examined the teacher
 
     @property
     def model(self) -> torch.nn.Module:
-        """The teacher itself, loaded anew in fp32: needed once, for a student that is cut from its layers."""
+        """The teacher itself, in fp32: needed once, for a student that is cut from its layers."""
         return load_teacher(self.config.teacher_model, torch.float32, self.config)
 
 
 class SplitFiles:
-    """The files of one split: each has the outputs for the tokens in the loss of some consecutive rows.
-
-    The position of a token follows from the rows, so no index is stored. `layout` is the split's in targets.json.
-    """
+    """The files of one split, whose format is `layout`. The place of a token follows from the rows: no index exists."""
 
     def __init__(self, folder: Path, split: str, rows, layout: dict):
         self.rows_per_file, self.tensors = layout["rows_per_file"], layout["tensors"]
-        self.bytes_per_token = sum(width * getattr(torch, dtype).itemsize for width, dtype in self.tensors.values())
         self.ends = [0, *np.cumsum(loss_tokens(rows)).tolist()]  # row i has the tokens from ends[i] to ends[i + 1]
         self.opened, self.missing = {}, {}  # files by their first row; the rows of missing and damaged files by path
         for start in range(0, len(rows), self.rows_per_file):
@@ -100,8 +91,9 @@ class SplitFiles:
                 self.opened[start] = safe_open(path, framework="pt")  # reads the header, which shows a truncated file
             except (SafetensorError, OSError):
                 self.missing[path] = range(start, min(start + self.rows_per_file, len(rows)))
-        missing_tokens = sum(self.ends[rows.stop] - self.ends[rows.start] for rows in self.missing.values())
-        self.missing_bytes = missing_tokens * self.bytes_per_token
+        token_bytes = sum(width * getattr(torch, dtype).itemsize for width, dtype in self.tensors.values())
+        missing = sum(self.ends[rows.stop] - self.ends[rows.start] for rows in self.missing.values())
+        self.missing_bytes = missing * token_bytes
 
     def read(self, key: str, rows: list[int]) -> Tensor:
         """Return a stored tensor for the tokens of these rows, one row after the other: (N, width)."""
@@ -133,19 +125,15 @@ def describe_made_for(config: DistillConfig, train_rows, eval_rows, dtype: torch
 
 
 def read_layout(folder: Path, made_for: dict) -> dict:
-    """Return `layout` of targets.json. Raises a UsageError if there is none, or `made_for` differs."""
+    """Return `layout` of targets.json, or raise a UsageError: there is none, or `made_for` differs."""
     path = folder / "targets.json"
     if not path.is_file():
         raise UsageError(f"{path} does not exist: make targets with python -m kdkit.targets and the same arguments")
     content = json.loads(path.read_text(encoding="utf-8"))
     before = content["made_for"]
-    if made_for["teacher_model"] is None:  # the teacher's weights are not on this machine, and are not needed
+    if made_for["teacher_model"] is None:  # not on this machine, and not needed
         before["teacher_model"] = None
-    names = [name for name, value in made_for.items() if before.get(name) != value]
-    if names:
-        differences = "; ".join(f"{name} was {before.get(name)!r}, is {made_for[name]!r}" for name in names)
-        raise UsageError(
-            f"the targets in {folder} were made for another run: {differences}. Set the same values, or make new "
-            "targets with python -m kdkit.targets and another --targets_dir"
-        )
+    if changes := [f"{n} was {before.get(n)!r}, is {now!r}" for n, now in made_for.items() if before.get(n) != now]:
+        what = f"the targets in {folder} were made for another run: {'; '.join(changes)}"
+        raise UsageError(f"{what}. Set the same values, or make new targets with another --targets_dir")
     return content["layout"]
