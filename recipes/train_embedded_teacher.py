@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kdkit.config import DistillConfig
 from kdkit.data import Steps, count_tokens, load_rows
-from kdkit.data.sources import documents_of, open_source
+from kdkit.data.sources import documents_of, open_sources
 from kdkit.evaluate import evaluate
 from kdkit.models import ASSETS, BodyAndHead, count_parameters
 from kdkit.train import learning_rate, make_loss, make_optimizer
@@ -95,7 +95,7 @@ def main() -> None:
 
     torch.set_num_threads(1)  # sums then have one order on any machine
     torch.manual_seed(CONFIG.seed)
-    source = open_source(CONFIG, "train")
+    source, _ = open_sources(CONFIG)
     tokenizer = train_tokenizer([document.text for document in documents_of(source)])
     train_rows, eval_rows = load_rows(CONFIG, tokenizer)
     steps = Steps(train_rows, CONFIG, tokenizer.pad_token_id)

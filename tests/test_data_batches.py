@@ -19,7 +19,7 @@ from kdkit.data import Rows, Steps, batches, chat, collate, count_tokens, empty_
 from kdkit.data.chat import make_rows
 from kdkit.data.records import Document
 from kdkit.data.show import main
-from kdkit.data.sources import open_source
+from kdkit.data.sources import open_sources
 from kdkit.losses import IGNORE_INDEX
 from kdkit.models import BodyAndHead, load_teacher, load_tokenizer
 from kdkit.running import files
@@ -230,6 +230,11 @@ def test_data_without_a_row_is_refused(small, tokenizer, tmp_path, monkeypatch, 
 def test_conversations_for_a_tokenizer_without_a_template_are_refused(small, tokenizer, tmp_path):
     with pytest.raises(UsageError, match=r"a\.jsonl.*has conversations.*no fast tokenizer with a chat template"):
         load_rows(small(dataset=str(json_lines(tmp_path / "a.jsonl", messages("x")))), tokenizer)
+    file = str(json_lines(tmp_path / "b.jsonl", *[{"instruction": "a", "output": f"b {i}"} for i in range(40)]))
+    with pytest.raises(UsageError, match="--text_column output --messages_column null --prompt_column null"):
+        load_rows(small(dataset=file), tokenizer)
+    learn = {"text_column": "output", "messages_column": None, "prompt_column": None}
+    assert load_rows(small(dataset=file, **learn), tokenizer)[0].counts["kind"].startswith("texts of column output")
 
 
 def test_what_was_cut_and_left_out_is_described(small, tokenizer, tmp_path, monkeypatch):
@@ -282,14 +287,14 @@ def test_a_mistake_found_in_another_process_is_one_line(small, tokenizer, tmp_pa
     monkeypatch.setattr(tokenizer, "chat_template", CHATML + refuse)
     file = json_lines(tmp_path / "a.jsonl", *[messages("words")] * 1500, messages("x"))
     config = small(dataset=str(file), eval_dataset="embedded", num_proc=2, streaming=True, max_train_tokens=10**9)
-    with pytest.raises(UsageError, match=r"row 1501: the chat template refuses") as error:
+    with pytest.raises(UsageError, match=r"row 1501: the chat template does not fit") as error:
         load_rows(config, tokenizer)
     assert "\n" not in str(error.value)
 
 
 def test_every_field_of_the_data_changes_the_cache_and_evaluation_fields_only_the_held_out_rows(small, tokenizer):
     config = small(max_train_tokens=100)
-    sources = [open_source(config, part)._replace(held_out=None) for part in ("train", "eval")]
+    sources = [source._replace(held_out=None) for source in open_sources(config)]
     before = [batches.cache_folder(source, config, tokenizer) for source in sources]
     for field in dataclasses.fields(DataFields):
         other = False if field.name == "packing" else "other"  # None and True give the same rows
@@ -320,7 +325,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_another_tokenizer_changes_the_cache_and_a_call_of_it_does_not(small, change):
     tokenizer, config = load_tokenizer(DistillConfig()), small()
-    source = open_source(config, "train")
+    source, _ = open_sources(config)
     before = batches.cache_folder(source, config, tokenizer)
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=2)
     tokenizer.padding_side = "left"
@@ -387,7 +392,7 @@ def test_a_kill_leaves_no_incomplete_cache_and_no_lock(small, tokenizer, tmp_pat
 
 def test_a_full_disk_is_named_and_leaves_no_file(small, tokenizer, tmp_path, monkeypatch):
     config = small(dataset=words(tmp_path / "a.jsonl"))
-    folder = batches.cache_folder(open_source(config, "train"), config, tokenizer)
+    folder = batches.cache_folder(open_sources(config)[0], config, tokenizer)
     temporary = folder.with_name(f".writing_{folder.name}")
     temporary.mkdir(parents=True)
     (temporary / "rows.arrow").symlink_to("/dev/full")

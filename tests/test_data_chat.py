@@ -191,7 +191,7 @@ def test_each_turn_is_a_sample_as_in_generation_if_a_template_renders_earlier_tu
 
 def test_a_prompt_that_the_template_does_not_repeat_before_the_answer_is_refused(tokenizer):
     tokenizer.chat_template = TEMPLATES["chatml"].replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
-    with pytest.raises(UsageError, match=r"row 1, message 2: .*ends a prompt with '<think>'.*writes 'two.*FILE"):
+    with pytest.raises(UsageError, match=r"row 1: .*writes 'two.* in message 2, not '<think>two'.*FILE"):
         learned(chat("one", "two"), tokenizer)
 
 
@@ -207,6 +207,9 @@ def test_only_the_turns_to_learn_are_learned(tokenizer, name, turns):
 def test_turns_that_marks_cannot_tell_apart_are_refused(tokenizer):
     tokenizer.chat_template = TEMPLATES["marked without the end"]
     document = chat("one", "", "three", "good")
+    assert learned(document, tokenizer) == ["<|eos|>", "good<|eos|>"]
+    assert learned(document._replace(turns=[3]), tokenizer) == ["good<|eos|>"]  # an empty turn has a mark, too
+    tokenizer.chat_template = tokenizer.chat_template.replace("== 'assistant'", "== 'assistant' and m['content']")
     assert learned(document, tokenizer) == ["good<|eos|>"]
     with pytest.raises(UsageError, match=r"row 1: .*marks 1 turns of 2"):
         learned(document._replace(turns=[1]), tokenizer)
@@ -224,7 +227,7 @@ def test_tools_and_options_reach_every_rendering(tokenizer, name):
     assert tokenizer.decode(ids).startswith("weatherbrief")
     assert [text.strip() for text in learned(document, tokenizer, {"style": "brief"})] == ["two<|eos|>", "four<|eos|>"]
     for option in ("stile", "messages", "add_generation_prompt"):
-        with pytest.raises(UsageError, match=f"chat_template_options has '{option}', which the chat template does not"):
+        with pytest.raises(UsageError, match=f"does not read '{option}' of chat_template_options"):
             learned(document, tokenizer, {option: 1})
 
 
@@ -251,14 +254,10 @@ def test_what_the_template_does_not_show_is_remarked(tokenizer, name, document, 
     assert remarks_on(document, tokenizer) == ({"hidden"} if is_hidden else set())
 
 
-def test_an_answer_or_a_message_that_the_template_changes_is_remarked(tokenizer):
+def test_an_answer_that_the_template_changes_is_remarked(tokenizer):
     for change in ("m['content'].split('</think>')[-1]", "m['content'] | upper"):
         tokenizer.chat_template = TEMPLATES["chatml"].replace("m['content']", change)
         assert remarks_on(chat("ONE", "<think>hm</think>two"), tokenizer) == {"hidden"}
-    tokenizer.chat_template = "{% for m in messages if m['role'] != 'user' %}" + TURN + "{% endfor %}" + PROMPT
-    assert remarks_on(chat("one", "two"), tokenizer) == {"hidden"}
-    tokenizer.chat_template = TEMPLATES["chatml"].replace("m['content']", "m['content'] | tojson")
-    assert remarks_on(chat('say "a\nb" é', "two"), tokenizer) == set()
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -276,7 +275,7 @@ def test_several_templates_without_a_default_are_refused(tokenizer):
 
 def test_a_template_that_changes_an_answer_is_refused(tokenizer):
     tokenizer.chat_template = TEMPLATES["no generation prompt"].replace("m['content']", "m['content'] | upper")
-    with pytest.raises(UsageError, match=r"row 1, message 2: .*changes the content"):
+    with pytest.raises(UsageError, match=r"row 1: .*writes '.*TWO.* in message 2, not 'two'"):
         learned(chat("one", "two"), tokenizer)
 
 
@@ -286,5 +285,5 @@ def test_a_template_that_raises_is_quoted_with_the_row(tokenizer):
         + TEMPLATES["chatml"]
     )
     refused = Document(6, messages=[{"role": "system", "content": "x"}, *chat("one", "two").messages], turns=[2])
-    with pytest.raises(UsageError, match=r"row 7: .*refuses .*No system role.*system, user, assistant"):
+    with pytest.raises(UsageError, match=r"row 7: .*does not fit the roles system, user, assistant .*No system role"):
         list(tokenize_conversations([chat("one", "two"), refused], tokenizer))

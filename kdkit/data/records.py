@@ -1,14 +1,13 @@
 """Read a sample (a row) as a document: a text, or a conversation as chat templates expect it.
 
-The functions below `read_document` raise ValueError; its message continues the sentence "row 3 ...".
+Errors are ValueErrors with a message that continues the sentence "row 3 ...".
 """
 
 import json
 from typing import Any, NamedTuple
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-ALPACA = ["instruction", "output"]
+SHAREGPT = {"human": "user", "gpt": "assistant"}
 FLAGS = ("weight", "train", "training", "loss")  # of a message: 0 or false if it is not learned
 
 
@@ -20,15 +19,6 @@ class Document(NamedTuple):
     messages: list[dict] | None = None  # role, content and anything else that the chat template reads
     turns: list[int] | tuple = ()  # the indices of the messages that are learned, all of the assistant
     tools: list[dict] | None = None  # definitions that the chat template shows
-
-
-def read_document(sample: dict, row: int, columns: list[str], extras: list[str] | None) -> Document:
-    """Return the document of a sample; `extras` are the columns that belong to a conversation, None for a text."""
-    if extras is not None:
-        return _conversation(sample, row, columns, extras)
-    if not isinstance(sample.get(columns[0]), str):
-        raise ValueError(f"has {sample.get(columns[0])!r:.100} in column {columns[0]!r}: remove rows without text")
-    return Document(row, sample[columns[0]])
 
 
 def json_object(line: str) -> dict:
@@ -44,14 +34,19 @@ def json_object(line: str) -> dict:
     return sample
 
 
-def _conversation(sample: dict, row: int, columns: list[str], extras: list[str]) -> Document:
-    messages, turns = [], []
-    if "system" in extras and sample.get("system"):
-        messages.append({"role": "system", "content": sample["system"]})
+def read_document(sample: dict, row: int, kind: str, columns: list[str], extras: list[str]) -> Document:
+    """Return the document of a sample; the arguments are those of `kdkit.data.sources.Source`."""
+    messages, turns, more = [], [], {name: sample.get(name) for name in extras}
+    if kind == "texts":
+        if not isinstance(sample.get(columns[0]), str):
+            raise ValueError(f"has {sample.get(columns[0])!r:.100} in column {columns[0]!r}: remove rows without text")
+        return Document(row, sample[columns[0]])
+    if more.get("system"):
+        messages.append({"role": "system", "content": more["system"]})
     for column, role in zip(columns, ("user", "assistant"), strict=False):
         value = sample.get(column)
-        if "input" in extras and role == "user" and sample.get("input") and isinstance(value, str):
-            value = f"{value}\n\n{sample['input']}"
+        if isinstance(value, str) and role == "user" and more.get("input"):
+            value += f"\n\n{more['input']}"
         if isinstance(value, str):
             value = [{"role": role, "content": value}] if len(columns) == 2 else _parse(value)
         for found in value if isinstance(value, list) else [value]:
@@ -62,7 +57,7 @@ def _conversation(sample: dict, row: int, columns: list[str], extras: list[str])
             if learned and column == columns[-1]:  # with a prompt and a completion, the completion is learned
                 turns.append(len(messages))
             messages.append(message)
-    tools = _without_null(_parse(sample.get("tools") or None))
+    tools = _without_null(_parse(more.get("tools") or None))
     if not isinstance(tools or [], list) or not all(isinstance(tool, dict) for tool in tools or []):
         raise ValueError(f"has {tools!r:.100} in column 'tools', expected a list of definitions")
     return Document(row, "", messages, turns, tools)
@@ -72,25 +67,18 @@ def _message(found: Any) -> tuple[dict, bool]:
     """Return a message as chat templates expect it, and whether it is learned."""
     message = _without_null(found) if isinstance(found, dict) else {}
     if "from" in message:
-        role, content = message.pop("from"), message.pop("value", None)
-        message |= {"role": SHAREGPT.get(role, role), "content": content}
-        if role == "function_call":
-            calls = _parse(content)
-            calls = calls if isinstance(calls, list) else [calls]
-            message |= {"content": "", "tool_calls": [{"type": "function", "function": call} for call in calls]}
+        role = message.pop("from")
+        message |= {"role": SHAREGPT.get(role, role), "content": message.pop("value", None)}
     for call in message.get("tool_calls", ()):
         message.setdefault("content", "")
         function = call.get("function", call)  # OpenAI has the arguments as text, templates expect an object
         function["arguments"] = _parse(function.get("arguments") or {})
     if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-        raise ValueError(
-            f'expected a list of messages: {{"role": "user", "content": "text"}}, with the roles {", ".join(ROLES)}'
-        )
+        raise ValueError(f'expected a list of messages: {{"role": "user", "content": "x"}}, roles {", ".join(ROLES)}')
     flags, is_assistant = {name: message.pop(name, None) for name in FLAGS}, message["role"] == "assistant"
-    if any(flag not in (None, 0, 1) for flag in flags.values()) or {"train_detail", "training_detail"} & set(message):
-        raise ValueError(f"expected 0, 1, false or true as {', '.join(FLAGS)}, for complete messages")
-    if not is_assistant and any(flags.values()):
-        raise ValueError("but only turns of the assistant can be learned: remove the flag, or set it to 0")
+    is_valid = all(flag in ((None, 0, 1) if is_assistant else (None, 0)) for flag in flags.values())
+    if not is_valid or {"train_detail", "training_detail"} & set(message):
+        raise ValueError(f"expected {', '.join(FLAGS)} as 0, 1, false or true, 1 only if the assistant wrote it")
     return message, is_assistant and all(flag in (None, 1) for flag in flags.values())
 
 
