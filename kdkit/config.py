@@ -1,4 +1,4 @@
-"""The configuration of a run: one dataclass of five groups of fields, read from YAML and the command line.
+"""The configuration of a run: one dataclass of six groups of fields, read from YAML and the command line.
 
     python -m kdkit.train --config recipes/demo.yaml --alpha 0.5
 
