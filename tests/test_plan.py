@@ -215,7 +215,7 @@ def needed(out: str) -> float:
 
 def test_run_that_does_not_fit_is_told_what_to_change(capsys, pair):
     """In an order, and only what applies to the run."""
-    arguments = [*(f"--{name}={value}" for name, value in pair.items()), "--max_length", "1024", "--memory", "1.05"]
+    arguments = [*(f"--{name}={value}" for name, value in pair.items()), "--max_length", "1536", "--memory", "1.05"]
     fsdp = ["--accelerate_config", str(ROOT / "accelerate_configs" / "fsdp.yaml")]
 
     def advice(*more: str) -> list[str]:
