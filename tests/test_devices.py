@@ -339,7 +339,7 @@ def test_loss_not_finite_on_one_rank_stops_both_and_the_rank_is_named(small, tmp
 
 @pytest.mark.slow
 def test_sharded_checkpoint_without_a_chunk_is_not_loaded_in_part(runs, tmp_path):
-    """The chunk of one rank is missing, and the sizes of the files are right: names and shapes are complete."""
+    """The chunk of one rank is missing, and the files are complete: names and shapes are complete."""
     folder = shutil.copytree(finished(runs, "fsdp", 1).output_dir, tmp_path / "run")
     newest = checkpoints(folder)[-1]
     (shard,) = newest.glob("shard-00001-*")
@@ -348,9 +348,6 @@ def test_sharded_checkpoint_without_a_chunk_is_not_loaded_in_part(runs, tmp_path
     tensors = load_file(shard)
     del tensors["model.model.model.embed_tokens.weight"]
     save_file(tensors, shard, metadata=metadata)
-    state = json.loads((newest / "trainer.json").read_text())
-    state["files"][shard.name] = shard.stat().st_size
-    (newest / "trainer.json").write_text(json.dumps(state))
     with pytest.raises(
         UsageError, match=r"embed_tokens.weight is \((\(.*\)), \d+\) in the checkpoint and \(\1, \d+\) in the student"
     ):

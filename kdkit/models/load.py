@@ -53,7 +53,7 @@ def load_model(name: str, role: str, config: DistillConfig, dtype: torch.dtype) 
     missing = sorted(found["missing_keys"])
     if missing and not next(model.parameters()).is_meta:  # meta: FSDP, and not rank 0
         extra = f" (and has {min(found['unexpected_keys'])})" if found["unexpected_keys"] else ""
-        what = f"lacks {len(missing):,} weights of a {type(model).__name__}, such as {missing[0]}{extra}"
+        what = f"lacks {len(missing):,} of the weights of a {type(model).__name__}, such as {missing[0]}{extra}"
         raise UsageError(f"{role}_model {name} {what}: save it again with save_pretrained, or correct its config.json")
     return record_tying(model)
 
