@@ -107,6 +107,22 @@ def tail_gradient(q_v, p_tail, q_tail):
 """,
         ("1 - p_tail / q_tail", "q_tail - p_tail"),
     ),
+    ("07_on_policy", "sequence_kl"): (
+        """
+def sequence_kl(q1, q2, p1, p2):
+    first = (q1 * (q1 / p1).log()).sum()
+    second = (q2 * (q2 / p2).log()).sum(-1)  # (V,), one for each first token
+    return first + (q1 * second).sum()
+""",
+        ("(q1 * second)", "(p1 * second)"),
+    ),
+    ("07_on_policy", "draw"): (
+        """
+def draw(p, u):
+    return torch.searchsorted(p.cumsum(-1), u, right=True)
+""",
+        (", right=True", ""),
+    ),
 }
 
 
