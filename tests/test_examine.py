@@ -187,7 +187,7 @@ def test_stored_targets_are_of_the_rows_that_the_teacher_needs(small, folders, t
     assert stored[0]["eval/kl_t1"] == pytest.approx(online[0]["eval/kl_t1"], rel=1e-5)
     packed = dataclasses.replace(config, teacher_model=folders("llama"), targets_dir=str(tmp_path / "packed"))
     store(packed)
-    with pytest.raises(UsageError, match="in the student the samples of a row would see each other: use --packing false"):
+    with pytest.raises(UsageError, match="the samples of a row would see each other: use --packing false"):
         train(dataclasses.replace(packed, student_model=folders("mamba"), output_dir=f"{tmp_path}/3"))
 
 
