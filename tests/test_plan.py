@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from kdkit import plan, train
-from kdkit.config import UsageError
+from kdkit import fused, plan, train
+from kdkit.config import DistillConfig, UsageError
 from kdkit.models import BodyAndHead
 from kdkit.plan import GB, Launch, measure
 
@@ -116,8 +116,13 @@ def test_states_have_4_8_and_4_bytes_per_parameter_of_the_student(small, pair):
     assert part("gradients", replace(config, gradient_accumulation_steps=1), Launch()) < 2 * student.num_parameters
 
 
-def test_teacher_without_a_weight_in_the_loss_is_in_memory_but_does_not_run(small, pair):
-    both, ce_only = (measure(small(alpha=alpha, max_length=256, **pair), CPU)[0] for alpha in (0.5, 1))
+def test_teacher_without_a_weight_in_the_loss_is_in_memory_but_does_not_run(small, pair, monkeypatch):
+    ran, forward = [], BodyAndHead.forward
+    monkeypatch.setattr(BodyAndHead, "forward", lambda self, *x: ran.append(self.training) or forward(self, *x))
+    both = measure(small(alpha=0.5, max_length=256, **pair), CPU)[0]
+    assert ran == [False, True]  # the teacher, the student
+    ce_only = measure(small(alpha=1, max_length=256, **pair), CPU)[0]
+    assert ran[2:] == [True]
     assert ce_only["teacher"] == both["teacher"]  # the evaluation needs it
     hidden = 4 * 256 * 192 * 4  # bytes of the teacher's hidden states: rows, tokens, H, fp32
     assert both["activations"] - ce_only["activations"] > hidden
@@ -147,12 +152,14 @@ def test_fsdp_divides_the_states_by_the_number_of_ranks(small, pair, precision):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_ddp_has_a_copy_of_all_and_buckets_for_the_gradients(small, pair, accumulation):
     """A gradient goes to its bucket at once, or to a tensor of its own if more are added before the exchange."""
-    config = small(max_length=256, gradient_accumulation_steps=accumulation, **pair)
+    # so few tokens that the peak is in the backward pass, where there are complete gradients
+    config = small(max_length=8, batch_size=1, gradient_accumulation_steps=accumulation, **pair)
     alone, several = (measure(config, Launch(ranks))[0] for ranks in (1, 4))
     assert several["buckets"] == pytest.approx(alone["student"], rel=0.01) and alone["buckets"] == 0
     assert several["gathered"] == 0
     for name in ("teacher", "student", "optimizer"):
         assert several[name] == alone[name]
+    assert alone["gradients"] > 0
     assert several.get("gradients", 0) == (alone["gradients"] if accumulation == 2 else 0)
 
 
@@ -167,6 +174,14 @@ def test_student_of_layers_of_the_teacher_and_recomputed_activations(small, pair
     assert 0.4 < part("activations", cut) / part("activations", whole) < 0.8  # the head has its own
     more = replace(whole, batch_size=32)
     assert part("activations", replace(more, gradient_checkpointing=True)) < 0.5 * part("activations", more)
+
+
+def test_loss_has_the_chunks_of_a_gpu(small, pair, monkeypatch):
+    config = small(max_length=256, batch_size=8, **pair)
+    before = part("activations", config)
+    monkeypatch.setitem(fused.CHUNK_TOKENS, "gpu", fused.CHUNK_TOKENS["gpu"] + 512)
+    logits = 2 * 512 * 4096 * 4  # bytes: models, tokens, vocabulary, fp32
+    assert part("activations", config) - before == pytest.approx(logits, rel=0.05)
 
 
 def test_model_that_reads_data_is_named_in_one_line(small, pair, monkeypatch):
@@ -203,6 +218,10 @@ def test_table_adds_up_and_says_what_is_unknown(capsys, pair):
     assert {"teacher", "student", "activations", "optimizer", "buckets", "allowance"} <= parts.keys()
     assert sum(parts.values()) == pytest.approx(needed(out), abs=0.05)
     assert "the run fits" in out and "unknown hours" in out and "change" not in out
+    _, _, (teacher, student) = measure(DistillConfig(**pair), Launch())
+    flop = 3 * plan.forward_flop(student, 512) + plan.forward_flop(teacher, 512)  # a backward pass: two forward passes
+    out = run_plan(capsys, *fields, "--max_length", "512", "--batch_size", "4", "--gradient_accumulation_steps", "9999")
+    assert float(out.split("compute")[1].split()[0]) == pytest.approx(flop * 512 * 4 * 9999 / 1e12, abs=0.1)
     assert " hours for 7 steps" in run_plan(capsys, *fields, "--max_steps", "7")
     # 1,000 tokens in rows of 100, 4 rows a step, 2 epochs
     some = ("--max_train_tokens", "1000", "--max_length", "100", "--batch_size", "4", "--num_epochs", "2")
