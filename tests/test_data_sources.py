@@ -43,6 +43,15 @@ def test_text_json_lines_and_parquet_are_read(small, tmp_path):
     assert texts(read(small, tmp_path / "c.parquet", **fields)) == ["fifth", "fourth"]
 
 
+def test_a_folder_of_save_to_disk_is_read_and_not_the_json_in_it(small, tmp_path):
+    parts = {"train": ["one", "two"], "test": ["three"]}
+    saved = datasets.DatasetDict({split: datasets.Dataset.from_dict({"text": found}) for split, found in parts.items()})
+    saved.save_to_disk(tmp_path / "both")
+    saved["train"].save_to_disk(tmp_path / "one")
+    for name in ("both", "one"):
+        assert texts(read(small, tmp_path / name)) == ["one", "two"]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_is_read_with_its_splits(small, tmp_path, streaming):
     json_lines(tmp_path / "train.jsonl", {"text": "one"}, {"text": "two"})

@@ -38,9 +38,9 @@ CACHE_VERSION = 5  # increase it when the same data and settings give other rows
 class Rows(Sequence):
     """Rows in an Arrow table, in memory or mapped from a file: `rows[i]` is a dict of three lists."""
 
-    def __init__(self, table, counts: dict | None = None):
-        self.table = table
-        self.counts = Counter(counts)  # kind (of the samples), samples, too_long, dropped, tokens (in the loss)
+    def __init__(self, table: pa.Table, counts: dict | None = None):
+        """Counts: kind (of the samples), samples, too_long, dropped, tokens (in the loss), and remarks."""
+        self.table, self.counts = table, Counter(counts)
 
     @classmethod
     def of(cls, rows: Sequence[dict]) -> "Rows":
@@ -94,8 +94,7 @@ def rows_digest(rows: Sequence[dict]) -> str:
 def pack(rows: Sequence[dict], max_length: int) -> Rows:
     """Join rows into fuller ones by best fit: the longest first, each into the fullest group that has room for it.
 
-    Documents stay separate: positions start at 0 in each, so that attention masks hide the others, and no label crosses
-    a boundary, since labels are shifted already.
+    Documents stay separate: positions start at 0 in each, so that masks hide the others, and labels are shifted before.
     """
     groups: list[list[dict]] = []  # of rows that are joined
     with_room: list[tuple[int, int, list[dict]]] = []  # (room left, -number of the last row, group), sorted
@@ -113,8 +112,7 @@ def pack(rows: Sequence[dict], max_length: int) -> Rows:
 def load_rows(config: DistillConfig, tokenizer) -> tuple[Rows, Rows]:
     """Return the training and the held-out rows of a run: read, tokenised, limited, and packed unless packing is False.
 
-    The first process makes them, and keeps them as Arrow in the cache folder of `datasets`, while the others wait. A
-    UsageError says that the data cannot be read, has nothing to learn or to hold out, or needs a chat template.
+    The first process makes them, and keeps them as Arrow in the cache folder of `datasets`, while the others wait.
     """
     config, sources = dataclasses.replace(config, packing=_packing(config)), open_sources(config)
     found = []
@@ -154,11 +152,9 @@ def settle_packing(rows: tuple[Rows, Rows], config: DistillConfig, tokenizer, pa
 def _packing(config: DistillConfig) -> bool | None:
     """Return the field `packing`; where it is None, what stored targets or on-policy distillation need, if either."""
     path = Path(config.targets_dir or "", "targets.json")
-    if config.packing is None and config.writes_own_text:  # each row is one prompt
-        return False
-    if config.packing is not None or config.targets == "online" or not path.is_file():
-        return config.packing
-    return json.loads(path.read_text(encoding="utf-8"))["made_for"]["packing"]
+    if config.packing is None and config.targets != "online" and path.is_file() and not config.writes_own_text:
+        return json.loads(path.read_text(encoding="utf-8"))["made_for"]["packing"]
+    return False if config.packing is None and config.writes_own_text else config.packing  # each row is one prompt
 
 
 def cache_folder(source: Source, config: DistillConfig, tokenizer) -> Path:
@@ -220,7 +216,6 @@ def _write_rows(folder: Path, source: Source, config: DistillConfig, tokenizer) 
 
 
 def _up_to(rows: Iterator[dict], limit: float) -> Iterator[dict]:
-    """Yield rows up to the one that reaches a limit on the number of tokens."""
     tokens = 0
     while tokens < limit and (row := next(rows, None)):
         yield row
@@ -241,9 +236,8 @@ def describe_rows(rows: Sequence[dict], config: DistillConfig) -> str:
 class Steps:
     """The optimizer steps of a run on one rank: `steps[i]` is the list of micro-batches of step i.
 
-    An epoch has an order of the rows that depends on the seed and the epoch only, and a step is a consecutive part of
-    it, for any number of ranks and micro-batches: a run resumes at step i without computing the others. All ranks have
-    the same number of micro-batches, since they communicate in each: see `empty_row`.
+    The order of rows in an epoch depends on the seed and the epoch only. A step is a consecutive part of it for any
+    number of ranks, so a run resumes at any step. All ranks have as many micro-batches, some of `empty_row` only.
     """
 
     def __init__(self, rows: Sequence[dict], config, pad_token_id: int, rank=0, num_ranks=1, on_gpu=False):
@@ -268,8 +262,8 @@ class Steps:
     def useful_share(self) -> float:
         """Return the fraction of computed positions, with padding, that are in the loss, in the first epoch."""
         self.step_rows(0)
-        lengths = np.zeros(self.steps_per_epoch * self.rows_per_step, dtype=np.int64)
-        lengths[: len(self.rows)] = row_lengths(self.rows)[self._order]
+        empty = self.steps_per_epoch * self.rows_per_step - len(self.rows)
+        lengths = np.pad(row_lengths(self.rows)[self._order], (0, empty)).astype(np.int64)
         micro_batches = lengths.reshape(-1, self.config.batch_size, self.num_ranks)  # a rank has every num_ranks-th row
         positions = micro_batches.max(axis=1) * (micro_batches > 0).sum(axis=1)
         return count_tokens(self.rows) / int(positions.sum())
@@ -284,10 +278,9 @@ class Steps:
 
     def collate(self, rows: Sequence[dict]) -> dict:
         """Return a micro-batch of these rows, or of padding if there are none."""
-        rows = rows or [empty_row(self.pad_token_id)]
-        length = max(len(row["labels"]) for row in rows)
-        if self.on_gpu:  # kernels are fast at multiples of 64, and a compiler sees fewer shapes
-            length = min(math.ceil(length / 64) * 64, self.config.max_length)
+        rows, multiple = rows or [empty_row(self.pad_token_id)], 64 if self.on_gpu else 1
+        length = max(len(row["labels"]) for row in rows)  # kernels are fast at multiples, and there are fewer shapes
+        length = min(math.ceil(length / multiple) * multiple, max(length, self.config.max_length))
         return collate(rows, self.pad_token_id, length, pin_memory=self.on_gpu)
 
     def prefetched(self, start: int) -> Iterator[list[dict]]:

@@ -144,10 +144,11 @@ def _builder(field: str, name: str, dataset_config: str | None) -> tuple[Any, bo
         options |= {"keep_default_na": False, "na_values": [""]}  # an empty field is no text
     source = {"path": str(path.resolve())} if path.is_dir() else {"path": kinds[0], "data_files": str(path)}
     builder = load_dataset_builder(**source, **options)
-    if kinds == ["json"]:
-        with open(files[0], encoding="utf-8-sig", errors="replace") as lines:
+    file = Path(next(itertools.chain.from_iterable((builder.config.data_files or {}).values()), ""))
+    if BUILDERS.get(file.suffix.lower()) == "json":  # not the JSON beside the Arrow files of save_to_disk
+        with open(file, encoding="utf-8-sig", errors="replace") as lines:
             first = next((line.strip() for line in lines if line.strip()), "")
-        if not first.startswith("[") and (files[0].suffix.lower() == ".jsonl" or first.endswith("}")):
+        if not first.startswith("[") and (file.suffix.lower() == ".jsonl" or first.endswith("}")):
             return load_dataset_builder("text", data_files=dict(builder.config.data_files), encoding="utf-8-sig"), True
     return builder, False
 
@@ -160,7 +161,8 @@ def _explain(field: str, name: str, error: Exception) -> UsageError:
             try:
                 file.read_bytes().decode()
             except UnicodeDecodeError as found:
-                return UsageError(f"{field} {file} is not UTF-8 ({found}): convert it with `iconv -f LATIN1 -t UTF-8`")
+                remedy = "convert it with `iconv -t UTF-8 -f LATIN1` (or -f UTF-16)"
+                return UsageError(f"{field} {file} is not UTF-8 ({found}): {remedy}")
     while type(error).__name__ == "DatasetGenerationError" and error.__cause__:
         error = error.__cause__
     remedy = "files need the same columns, and JSON Lines one object per line; see --dataset_config and --dataset_split"
