@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdkit.config import DataFields, UsageError, read_config
+from kdkit.command_line import read_config
+from kdkit.config import DataFields, UsageError
 from kdkit.data import load_rows
 from kdkit.evaluate import evaluate
 from kdkit.models import count_parameters, load_teacher, load_tokenizer

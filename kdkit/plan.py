@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdkit import fused
-from kdkit.config import DistillConfig, UsageError, load_config
+from kdkit.command_line import load_config
+from kdkit.config import DistillConfig, UsageError
 from kdkit.data import Steps
 from kdkit.losses import TopK
 from kdkit.models import BodyAndHead, teacher_dtype

@@ -23,7 +23,8 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kdkit.config import DistillConfig, UsageError, load_config
+from kdkit.command_line import load_config
+from kdkit.config import DistillConfig, UsageError
 from kdkit.data import collate, empty_row, load_rows, settle_packing
 from kdkit.fused import precise_logits
 from kdkit.losses import IGNORE_INDEX, soft_cap, top_k

@@ -17,7 +17,8 @@ from accelerate.utils import DistributedType, send_to_device, set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .config import DistillConfig, RunStopped, UsageError, load_config
+from .command_line import load_config
+from .config import DistillConfig, RunStopped, UsageError
 from .data import Steps, count_tokens, describe_rows, load_rows, settle_packing
 from .evaluate import check_copy, describe_metrics, evaluate, evaluation_batches
 from .fused import fused_kd_loss, should_compile

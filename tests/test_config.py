@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from kdkit import DistillConfig, load_config
-from kdkit.config import FIELDS, PATHS, UsageError, read_config
+from kdkit.command_line import read_config
+from kdkit.config import FIELDS, PATHS, UsageError
 from kdkit.losses import DIVERGENCES
 
 RECIPES = Path(__file__).parent.parent / "recipes"

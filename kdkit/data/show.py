@@ -6,7 +6,8 @@ python -m kdkit.data [--config recipes/x.yaml] [--field value ...]
 import itertools
 import sys
 
-from kdkit.config import UsageError, load_config
+from kdkit.command_line import load_config
+from kdkit.config import UsageError
 from kdkit.data.batches import count_tokens, describe_rows, load_rows
 from kdkit.losses import IGNORE_INDEX
 

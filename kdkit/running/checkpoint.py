@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-from kdkit.config import FIELDS, DistillConfig, RunStopped, UsageError, read_config
+from kdkit.command_line import read_config
+from kdkit.config import FIELDS, DistillConfig, RunStopped, UsageError
 from kdkit.running import files
 
 WRAPPERS = re.compile(r"^module\.|_checkpoint_wrapped_module\.|_orig_mod\.")  # what wrappers add to a name
