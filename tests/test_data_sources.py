@@ -1,6 +1,7 @@
 import datetime
 import errno
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,8 +38,8 @@ def test_text_json_lines_and_parquet_are_read(small, tmp_path):
         assert texts(read(small, tmp_path / name)) == ["first\n\nand more"]  # a file is one sample
     lines = json_lines(tmp_path / "b.jsonl", {"text": "second"}, {"text": "third"})
     assert texts(read(small, lines)) == ["second", "third"]
-    for name in ("c.parquet", "d.parquet"):
-        datasets.Dataset.from_dict({"body": ["fourth", "fifth"]}).to_parquet(tmp_path / name)
+    for name, body in (("c.parquet", ["fourth", "fifth"]), ("d.parquet", ["sixth"])):
+        datasets.Dataset.from_dict({"body": body}).to_parquet(tmp_path / name)
     fields = {"text_column": "body", "eval_dataset": str(tmp_path / "d.parquet")}
     assert texts(read(small, tmp_path / "c.parquet", **fields)) == ["fifth", "fourth"]
 
@@ -107,6 +108,7 @@ def linked(name, target):
         lambda: {"eval_dataset": "./a.jsonl"},
         lambda: {"eval_dataset": str(Path("a.jsonl").absolute())},
         lambda: {"eval_dataset": linked("link.jsonl", "a.jsonl")},
+        lambda: {"eval_dataset": shutil.copy("a.jsonl", "copy.jsonl")},
         lambda: {"dataset": ".", "eval_dataset": "a.jsonl"},
         lambda: {"eval_dataset": "."},
     ],

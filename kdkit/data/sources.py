@@ -104,8 +104,21 @@ def _open(config: DistillConfig, part: str, held_out: float | None, field: str, 
     unread = [column for column in found if column not in used and kind != "texts"]
     reading = f"{kind} of column {' and '.join(used)}" + (f" (not read: {', '.join(unread)})" if unread else "")
     samples = samples if json_lines else samples.select_columns(used)
-    ranges = [({os.path.realpath(file) for file in files.get(x.splitname, ())}, x.from_, x.to) for x in read]
+    ranges = [({_identity(file) for file in files.get(x.splitname, ())}, x.from_, x.to) for x in read]
     return Source(shown, part, held_out, samples, ranges, json_lines, kind, columns, extras, reading, version)
+
+
+def _identity(file: str) -> str:
+    """Return what a file and a copy of it share: its size, and a hash of its first and last MiB."""
+    if not os.path.isfile(file):  # on the hub: its address
+        return file
+    with open(file, "rb") as opened:
+        size = opened.seek(0, os.SEEK_END)
+        opened.seek(0)
+        digest = hashlib.sha256(opened.read(2**20))
+        opened.seek(max(size - 2**20, 0))
+        digest.update(opened.read())
+    return f"{size}/{digest.hexdigest()}"
 
 
 def _builder(field: str, name: str, dataset_config: str | None) -> tuple[Any, bool]:
