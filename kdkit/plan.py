@@ -83,7 +83,10 @@ def build(role: str, config: DistillConfig, dtype: torch.dtype) -> BodyAndHead:
 
 
 def gathered(model: BodyAndHead) -> tuple[int, int]:
-    """Return the bytes that FSDP gathers at a time: all outside the layers, and two layers; and those of a layer."""
+    """Return two numbers of bytes: the weights that FSDP gathers at one time, and the weights of the largest layer.
+
+    It gathers all weights outside the layers (embedding, norm, head), the layer that runs, and the next one.
+    """
     size, names = lambda module: sum(x.nbytes for x in module.parameters()), model._no_split_modules or []
     layers = [0] + [size(module) for module in model.modules() if type(module).__name__ in names]
     return size(model) - sum(layers) + 2 * max(layers), max(layers)

@@ -201,7 +201,6 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
     start = load_checkpoint(accelerator, student, optimizer, checkpoint) if checkpoint else 0
     tracker = Tracker(config, step=start, enabled=accelerator.is_main_process, watch=watch)
     accelerator.print(f"teacher  {teacher.placement}\n{tracker.where}")
-
     writer = open_writer(config, tokenizer, student, teacher, pair.vocab_size, train_rows, accelerator)
 
     def measure(step: int) -> None:
@@ -224,7 +223,7 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
     progress = tqdm(initial=start, total=len(steps), unit="step", disable=not accelerator.is_main_process)
     for step, micro_batches in enumerate(steps.prefetched(start), start + 1):
         is_last, own = step == len(steps), {}
-        if writer:  # on-policy: the student's own text in the place of the data's, in some steps
+        if config.on_policy > 0:  # the student's own text in the place of the data's, in some steps
             micro_batches, own = writer.take(student, steps, micro_batches, step)
         local_losses, num_items = train_step(student, targets_from, micro_batches, loss_function, accelerator)
         grad_norm = clip_gradients(student, config.max_grad_norm, accelerator)  # the norm before clipping

@@ -199,6 +199,12 @@ def test_run_without_own_text_never_writes(small, monkeypatch):
     assert not any("own" in key or "policy" in key for event in train(small(max_steps=2)) for key in event)
 
 
+def test_own_text_that_is_only_evaluated_on_is_not_in_the_training_log(small):
+    events = train(small(eval_own_text=True, max_new_tokens=8, max_steps=1))
+    assert "eval/own_kl" in events[0]
+    assert not any(key.startswith("train/") and ("own" in key or "writing" in key) for key in events[1])
+
+
 def test_run_killed_while_it_writes_resumes_to_the_same_numbers(small, monkeypatch):
     fields = dict(on_policy=0.5, max_steps=8, save_steps=2, eval_steps=4, gradient_accumulation_steps=2, batch_size=2)
     uncut = on_policy(small, **fields, output_dir=small().output_dir + "_uncut")
