@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import families
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError
@@ -60,6 +61,13 @@ def tiny(rows=1024, **fields):
 def test_embedded_teacher_has_a_card_and_stays_small():
     assert "Held-out cross-entropy" in (TEACHER / "README.md").read_text()
     assert sum(file.stat().st_size for file in TEACHER.iterdir()) < 8e6
+
+
+def test_student_is_cut_from_a_teacher_that_has_run_before():
+    """Some recurrent models keep the state of the last text in their layers."""
+    teacher = families.tiny("recurrent_gemma")
+    teacher(torch.arange(8)[None], use_cache=False)
+    assert student_from_layers(teacher, [0, 1]).config.num_hidden_layers == 2
 
 
 @pytest.mark.parametrize("layers, kept", [([0, 2], [0, 2]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3]), (1, [0])])

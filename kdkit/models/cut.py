@@ -82,7 +82,8 @@ def _compare(student: nn.Module, teacher: nn.Module, layers: list[int]) -> None:
     blocks, kept = teacher.get_submodule(name), student.eval().get_submodule(name)
     for index, layer in enumerate(layers):
         before, after = _settings(blocks[layer]), _settings(kept[index])
-        changed = {key: (before.get(key), after.get(key)) for key, _ in before.items() ^ after.items()}
+        both = before.keys() & after.keys()  # what only one has is the state of a teacher that has run
+        changed = {key: (before[key], after[key]) for key in both if before[key] != after[key]}
         if wrong := [key for key, values in changed.items() if values != (layer, index)]:  # it may know its index
             raise ValueError(f"layer {layer} of the teacher would have another {min(wrong)}")
 
