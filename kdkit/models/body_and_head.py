@@ -95,8 +95,10 @@ def _documents_known(batch: dict, packs: bool) -> Iterator[None]:
     """Tell transformers whether rows have several documents. It would ask the GPU, and the host would wait for that."""
     from transformers import masking_utils
 
-    starts = batch.get("cu_seq_lens")  # None: a batch made by hand, which may be packed
-    packed = packs and (starts is None or len(starts) - 1 > len(batch["input_ids"]))  # more documents than rows
+    if "cu_seq_lens" not in batch:  # made by hand: transformers finds out
+        yield
+        return
+    packed = packs and len(batch["cu_seq_lens"]) - 1 > len(batch["input_ids"])  # more documents than rows
 
     def document_indices(position_ids: Tensor) -> Tensor | None:  # (B, S)
         steps = position_ids.diff(prepend=position_ids[:, :1] - 1)
