@@ -7,12 +7,12 @@ import torch
 from families import held_out_metrics, tiny
 from transformers import AutoModelForCausalLM, BertConfig
 
-from kdkit.config import UsageError
+from kdkit.config import DistillConfig, UsageError
 from kdkit.data import load_rows
 from kdkit.evaluate import evaluate
 from kdkit.fused import fused_kd_loss
 from kdkit.losses import dense_kd_loss, kd_loss
-from kdkit.models import ASSETS, BodyAndHead, examine, load_tokenizer
+from kdkit.models import BodyAndHead, examine, load_tokenizer
 from kdkit.targets import store
 from kdkit.train import train
 
@@ -157,16 +157,10 @@ def folders(tmp_path):
     def write(family: str, seed: int = 0) -> str:
         folder = tmp_path / f"{family}_{seed}"
         tiny(family, seed).save_pretrained(folder)
-        load_tokenizer_of_tests().save_pretrained(folder)
+        load_tokenizer(DistillConfig()).save_pretrained(folder)
         return str(folder)
 
     return write
-
-
-def load_tokenizer_of_tests():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(ASSETS / "embedded_teacher")
 
 
 def test_run_is_unpacked_if_one_of_the_models_needs_that(small, folders, capsys):
