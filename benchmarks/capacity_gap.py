@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["table"], help="table: print that of an earlier run")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--max_steps", type=int, default=600, help="of a student")
+    parser.add_argument("--max_steps", type=int, default=500, help="of a student")
     parser.add_argument("--teacher_steps", type=float, default=1.0, help="a fraction of the teachers' steps")
     parser.add_argument("--eval_tokens", type=int, default=20_000)
     parser.add_argument("--teachers", type=Path, default=Path("runs/capacity_gap"), help="the folder of the teachers")
