@@ -54,12 +54,21 @@ def load(config: DistillConfig, accelerator: Accelerator) -> tuple:
 
 
 def examine_models(config, accelerator, tokenizer, rows: tuple, teacher, student, pair) -> tuple:
-    """Ask both models, on their devices, what the loss relies on. Returns the rows, unpacked if a model needs that."""
+    """Ask both models, on their devices, what the loss relies on, then compile them if that is wanted.
+
+    Returns the rows, unpacked if a model needs that.
+    """
     notes = teacher.examine(rows[0], accelerator.device)
     notes += examine(student, "student", rows[0], accelerator.device)
-    packs = {"teacher": teacher.packs, "student": accelerator.unwrap_model(student).packs}
-    rows, more = settle_packing(rows, config, tokenizer, packs)
+    models = {"teacher": teacher, "student": accelerator.unwrap_model(student)}
+    rows, more = settle_packing(rows, config, tokenizer, {role: model.packs for role, model in models.items()})
     pair.report.extend(notes + more)
+    if config.compile_models:
+        wanted, why = should_compile(True, 0, accelerator.device)
+        if not wanted:
+            raise UsageError(f"compile_models is true, but models are {why}: install it, or set compile_models to false")
+        for model in models.values():
+            model.compile_layers()
     return rows
 
 # %% ../notebooks/03_train.ipynb #b8d69992

@@ -284,6 +284,14 @@ def test_activation_checkpointing_changes_no_number(runs, tmp_path):
     assert_same_run(config, whole, 2e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_compiled_models_change_no_number_but_for_rounding(runs, tmp_path, kind):
+    config = replace(runs[kind, 1], compile_models=True, output_dir=str(tmp_path / "run"))
+    launch(kind, config)
+    assert_same_run(config, finished(runs, kind, 1), 1e-3)
+
+
 # --- what goes wrong
 
 

@@ -163,6 +163,29 @@ def test_gradient_checkpointing_gives_the_same_run(small, monkeypatch, precision
     assert runs[0] == runs[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields", [{"gradient_checkpointing": True}, {"packing": False}, {"on_policy": 0.5, "max_new_tokens": 8},
+               {"teacher_placement": "offload"}], ids=str
+)  # fmt: skip
+def test_compiled_models_give_the_same_run_but_for_rounding(small, monkeypatch, fields):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    events, compiled, original = {}, [], torch.nn.Module.compile
+
+    def compile(layer, **options):
+        compiled.append(type(layer).__name__)
+        original(layer, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    for wanted in (False, True):
+        config = small(compile_models=wanted, output_dir=f"{small().output_dir}{wanted}", max_steps=2, **fields)
+        events[wanted] = train(config)
+    assert compiled == ["LlamaDecoderLayer"] * 6
+    for event, other in zip(*events.values(), strict=True):
+        for key in event.keys() - {"train/tokens_per_second", "train/writing_time"}:
+            assert event[key] == pytest.approx(other[key], rel=1e-4), key
+
+
 def test_gradient_checkpointing_keeps_less_for_the_backward_pass(small):
     kept = []
     for recompute in (False, True):

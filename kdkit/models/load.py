@@ -132,6 +132,16 @@ def load_student(config: DistillConfig, teacher) -> nn.Module:
         return student_from_layers(wrap(teacher).model, config.student_layers)
     if config.student_is_pretrained:
         return load_model(config.student_model, "student", config, torch.float32).train()
-    options = {"attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
-    student = AutoModelForCausalLM.from_config(check_models(config)[-1], dtype=torch.float32, **options)
-    return record_tying(student).train()
+    attention = config.attn_implementation
+    return record_tying(from_config(check_models(config)[-1], "student", config, torch.float32, attention)).train()
+
+
+def from_config(model_config, role: str, config: DistillConfig, dtype: torch.dtype, attention: str | None) -> nn.Module:
+    """Make a causal language model with random weights; a UsageError if its config is of another kind of model."""
+    options = {"attn_implementation": attention, "trust_remote_code": config.trust_remote_code}
+    try:
+        return AutoModelForCausalLM.from_config(model_config, dtype=dtype, **options)
+    except loading_errors() as error:
+        raise explain(
+            f"{role}_model", getattr(config, f"{role}_model"), error, "give a causal language model"
+        ) from error

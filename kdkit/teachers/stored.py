@@ -72,6 +72,9 @@ class StoredTeacher:
     def examine(self, rows, device: torch.device) -> list[str]:
         return []  # `python -m kdkit.targets` has examined the teacher
 
+    def compile_layers(self) -> None:
+        """There is nothing to compile."""
+
     @property
     def model(self) -> torch.nn.Module:
         """The teacher itself, in fp32: needed once, for a student that is cut from its layers."""
