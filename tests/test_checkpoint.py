@@ -150,8 +150,8 @@ def test_checkpoint_holds_no_teacher_tied_weights_once_and_no_pickle(small):
 
 # Fields that say how a run is watched, stored and laid out. All others decide what it computes.
 FREE = {"output_dir", "resume", "logging_steps", "eval_steps", "save_steps", "keep_checkpoints", "teacher_placement",
-        "gradient_checkpointing", "compile_models", "targets_dir", "fused_loss", "compile_loss", "num_proc", "use_wandb",
-        "wandb_project", "wandb_entity", "wandb_run_name"}  # fmt: skip
+        "gradient_checkpointing", "compile_models", "targets_dir", "fused_loss", "compile_loss", "num_proc",
+        "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name"}  # fmt: skip
 
 
 def test_each_field_that_is_not_free_is_refused_by_name_on_resume(small):
