@@ -245,10 +245,13 @@ class DistillConfig(RunFields, OptimizationFields, OnPolicyFields, LossFields, D
 
     @property
     def loss_formula(self) -> str:
-        """The formula of the loss with the values of this configuration."""
+        """The formula of the loss with the values of this configuration, without parts of weight 0."""
         options = "".join(f", {name}={value:g}" for name, value in self.divergence_options.items())
-        divergence = f"{self.divergence}(teacher, student; T={self.temperature:g}{options})"
-        return f"loss = {self.alpha:g} * CE + {1 - self.alpha:g} * {self.temperature:g}^2 * {divergence}"
+        square = "" if self.temperature == 1 else f"{self.temperature:g}^2 * "
+        divergence = f"{square}{self.divergence}(teacher, student; T={self.temperature:g}{options})"
+        if self.alpha in (0, 1):
+            return "loss = CE" if self.alpha else f"loss = {divergence}"
+        return f"loss = {self.alpha:g} * CE + {1 - self.alpha:g} * {divergence}"
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, with the defaults that depend on other fields filled in: the content of config.yaml."""

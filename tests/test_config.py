@@ -152,6 +152,8 @@ def test_choices_of_divergence_equal_the_keys_of_divergences():
 def test_loss_formula_shows_the_values_of_the_fields():
     formula = DistillConfig(alpha=0.3, temperature=2, divergence="jsd", beta=0.2).loss_formula
     assert formula == "loss = 0.3 * CE + 0.7 * 2^2 * jsd(teacher, student; T=2, beta=0.2)"
+    assert DistillConfig(alpha=0.0, temperature=1).loss_formula == "loss = forward_kl(teacher, student; T=1)"
+    assert DistillConfig(alpha=1.0, temperature=2).loss_formula == "loss = CE"
 
 
 def test_help_explains_every_field():

@@ -16,7 +16,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
-from helpers import LIMIT, environment, free_port, run_processes, student_with_dropout
+from helpers import LIMIT, arguments, environment, free_port, run_processes, student_with_dropout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -42,10 +42,6 @@ def command(kind: str, *program: str, precision: str = "no") -> list[str]:
     else:
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return [sys.executable, "-m", *launcher, *program]
-
-
-def arguments(config) -> list[str]:
-    return [f"--{name}={value}" for name, value in vars(config).items() if value is not None]
 
 
 def launch(kind: str, config, **options) -> str:

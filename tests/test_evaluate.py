@@ -39,12 +39,13 @@ def by_hand(student, teacher, rows, per_token):
     return total / count
 
 
-def test_evaluation_of_a_teacher_worse_than_the_student_prints_a_warning(setting):
+def test_evaluation_before_the_first_step_says_what_is_unusual(setting):
     config, rows, student, teacher = setting
-    usual, exchanged = (
-        describe_metrics(evaluate(*pair, rows, config, pad_token_id=2), step=0)
-        for pair in ((student, teacher), (teacher, student))
-    )
+    metrics = [evaluate(*pair, rows, config, pad_token_id=2) for pair in ((student, teacher), (teacher, student))]
+    usual, exchanged = (describe_metrics(each, step=0, vocab_size=1024) for each in metrics)
+    worse_than_chance = metrics[0] | {"eval/ce_loss": 8.0}  # ln 1024 is 6.9
+    assert "CE is above 6.9, that of 1,024 equally likely tokens" in describe_metrics(worse_than_chance, 0, 1024)
+    assert "note" not in usual and "note" not in describe_metrics(worse_than_chance, 1, 1024)
     assert usual.startswith("step 0      held-out CE: student 6.") and "warning" not in usual
     assert "warning  the teacher is worse" in exchanged
 

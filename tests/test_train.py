@@ -13,6 +13,7 @@ import nbformat
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import arguments
 from nbdev.export import nb_export
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -327,9 +328,22 @@ def test_invalid_argument_ends_the_command_with_one_line_and_writes_no_file(tmp_
 def test_run_prints_its_settings_before_the_first_step(small, capsys):
     train(small(alpha=0.3, temperature=2.0, gradient_accumulation_steps=3, batch_size=2, max_steps=1))
     printed = capsys.readouterr().out
-    for words in ("2.43 M parameters, frozen", "0.53 M parameters, from random weights", "loss = 0.3 * CE + 0.7 * 2^2",
+    for words in ("2.43 M parameters\n", "0.53 M parameters, from random weights", "loss = 0.3 * CE + 0.7 * 2^2",
                   "2 rows x 3 micro-batches x 1 ranks = 6 rows", "metrics.jsonl", "final"):  # fmt: skip
         assert words in printed, words
+
+
+@pytest.mark.parametrize("at, said", [(1, "starts over"), (3, "resumes from step_00000002")])
+def test_interrupted_run_says_from_where_it_goes_on(small, monkeypatch, at, said):
+    module = importlib.import_module("kdkit.train")
+
+    def interrupt(what, numbers, batches, step, *rest):
+        if (what, step) == ("step", at):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "stop_if_not_finite", interrupt)
+    with pytest.raises(SystemExit, match=f"^kdkit: interrupted. The same command {said}$"):
+        main(arguments(small(max_steps=4, save_steps=2)))
 
 
 def test_demo_opens_no_network_connection(tmp_path):
