@@ -60,6 +60,8 @@ def test_null_in_a_file_or_argument_is_read_as_none(tmp_path):
         (["--divergence", "kl"], ["divergence", "forward_kl", "kl"]),
         (["--batch_size", "0"], ["batch_size is 0"]),
         (["--student_layers", "2", "--student_model", "a/final"], ["student_layers is 2", "student_model a/final"]),
+        (["--student_layers", "[0, 1]", "--student_layers_by", "kl"], ["student_layers is [0, 1]", "a count"]),
+        (["--student_layers_by", "kl"], ["student_layers is None", "a count with student_layers_by kl"]),
         (["--student_layers", "2", "--student_random_init", "true"], ["student_layers is 2", "random_init True"]),
         (["--student_model", "runs/a/final", "--output_dir", "runs/a"], ["output_dir is", "student_model"]),
         (["--beta", "1"], ["beta is 1.0"]),
