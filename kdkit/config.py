@@ -31,7 +31,9 @@ class ModelFields:
     student_model: str = "embedded"
     """Hub id (or id@revision) or local folder; "embedded" is a two-layer Llama that starts from random weights."""
     student_layers: list[int] | int | None = None
-    """Start from layers of the teacher, not from student_model: a list of indices, or a count (spread evenly)."""
+    """Start from layers of the teacher, not from student_model: a list of indices, or a count."""
+    student_layers_by: Literal["spread", "kl"] = "spread"
+    """Which layers a count keeps: spread evenly, or those whose absence raises KL(teacher || student) most."""
     student_random_init: bool = False
     """Start the student from random weights; only the config of student_model is read."""
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -207,6 +209,13 @@ class DistillConfig(RunFields, OptimizationFields, OnPolicyFields, LossFields, D
         check(self.learning_rate is None or self.learning_rate > 0, "learning_rate", "a number above 0, or null")
         check(self.max_length >= 2, "max_length", "at least 2")
         check(self.targets == "online" or self.targets_dir, "targets_dir", f"a folder, as targets is {self.targets}")
+        for name in ("student_model", "student_random_init"):
+            alone = self.student_layers is None or getattr(self, name) == getattr(DistillConfig, name)
+            check(alone, "student_layers", f"null with {name} {getattr(self, name)}: it starts from one")
+        counted = self.student_layers_by == "spread" or isinstance(self.student_layers, int)
+        check(counted, "student_layers", "a count with student_layers_by kl")
+        replaces = os.path.abspath(self.student_model) == os.path.abspath(f"{self.output_dir}/final")
+        check(not replaces, "output_dir", "another folder: the final/ in this one is student_model")
         if self.writes_own_text:
             check(self.targets == "online", "targets", "online with own text, which is written during the run")
             check(self.packing is not True, "packing", "false or null with own text, since a row is one prompt")

@@ -123,13 +123,16 @@ def load_teacher(name: str = "embedded", dtype=torch.bfloat16, config: DistillCo
     return load_model(name, "teacher", config or DistillConfig(), dtype).requires_grad_(False).eval()
 
 
-def load_student(config: DistillConfig, teacher) -> nn.Module:
+def load_student(config: DistillConfig, teacher, rows=None) -> nn.Module:
     """Load or make the student in train mode and in fp32: these are the master weights, autocast casts them to bf16.
 
-    `teacher`, which `student_layers` are cut from, is a transformers model or a teacher of `kdkit.teachers`.
+    `teacher`, which `student_layers` are cut from, is a transformers model or a teacher of `kdkit.teachers`. `rows` of
+    the training text are needed if `student_layers_by` is kl.
     """
     if config.student_layers is not None:
-        return student_from_layers(wrap(teacher).model, config.student_layers)
+        by_kl = config.student_layers_by == "kl"
+        assert rows is not None or not by_kl
+        return student_from_layers(wrap(teacher).model, config.student_layers, rows if by_kl else None)
     if config.student_is_pretrained:
         return load_model(config.student_model, "student", config, torch.float32).train()
     attention = config.attn_implementation
