@@ -46,7 +46,7 @@ def load(config: DistillConfig, accelerator: Accelerator) -> tuple:
     tokenizer = load_tokenizer(config)
     rows = load_rows(config, tokenizer)
     teacher = open_teacher(config, accelerator.mixed_precision, *rows)
-    student = BodyAndHead(load_student(config, teacher))
+    student = BodyAndHead(load_student(config, teacher, rows[0]))
     if config.gradient_checkpointing:
         student.recompute_activations()
     pair = check_pair(config, teacher, student, tokenizer)
