@@ -55,7 +55,7 @@ def test_null_in_a_file_or_argument_is_read_as_none(tmp_path):
         (["--alhpa", "0.5"], ["--alhpa", "--alpha"]),
         (["--max-steps", "5"], ["--max_steps"]),
         (["--alpha", "1.5"], ["alpha is 1.5", "0 <= alpha <= 1"]),
-        (["--alpha", "much"], ["alpha", "float", "much"]),
+        (["--alpha", "much"], ["alpha", "a number", "much"]),
         (["--temperature", "0"], ["temperature is 0.0", "above 0"]),
         (["--temperature", "nan"], ["temperature", "nan"]),
         (["--divergence", "kl"], ["divergence", "forward_kl", "kl"]),
