@@ -33,7 +33,7 @@ ARMS = {  # each with the fields and the steps of recipes/demo.yaml
 COMMON = ["--eval_steps=null", "--save_steps=null", "--packing=false", "--max_new_tokens=64"]
 REAL = [
     "--teacher_model=models/smollm2-135m-instruct", "--dataset=embedded", "--max_train_tokens=40000",
-    "--max_eval_tokens=1000", "--max_length=128", "--batch_size=2", "--max_steps=40", "--use_wandb=false",
+    "--max_eval_tokens=400", "--max_length=128", "--batch_size=2", "--max_steps=40", "--use_wandb=false",
     "--packing=false", "--eval_steps=null", "--save_steps=null",
 ]  # fmt: skip
 LAYERS = (6, 12)

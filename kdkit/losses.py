@@ -186,8 +186,7 @@ def _log_mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
 
 
 DIVERGENCES = {
-    f.__name__: f
-    for f in (forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, neg_log_acceptance)
+    f.__name__: f for f in (forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, neg_log_acceptance)
 }
 
 

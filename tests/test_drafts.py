@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers import json_lines
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, MambaConfig
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from kdkit import drafts
@@ -158,3 +158,10 @@ def test_gamma_0_and_a_gamma_longer_than_any_text_are_refused(small, pair, texts
         report([], gamma=0)
     with pytest.raises(drafts.UsageError, match="gamma is 80, expected less"):
         measure(*pair, texts[:2], sampled=False, gamma=80)
+
+
+def test_recurrent_model_which_cannot_go_back_is_refused(texts):
+    config = MambaConfig(vocab_size=1024, hidden_size=32, num_hidden_layers=2, eos_token_id=1)
+    models = [AutoModelForCausalLM.from_config(config).eval() for _ in range(2)]
+    with pytest.raises(drafts.UsageError, match="MambaForCausalLM cannot draft: assisted generation"):
+        measure(*models, texts, sampled=False)
