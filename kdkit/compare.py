@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kdkit import drafts
 from kdkit.command_line import read_config
 from kdkit.config import DataFields, UsageError
 from kdkit.data import load_rows
@@ -83,15 +84,20 @@ def plot_curves(run_dirs: list[str], path: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`python -m kdkit.evaluate RUN [RUN ...] [--prompt TEXT] [--figure PNG]`."""
+    """`python -m kdkit.evaluate RUN [RUN ...] [--prompt TEXT] [--figure PNG]`, or with `--draft [--gamma NUMBER]`."""
     parser = argparse.ArgumentParser(prog="python -m kdkit.evaluate", description="Compare finished runs.")
     parser.add_argument("runs", nargs="+", help="folders of runs, such as runs/demo")
     parser.add_argument("--prompt", help="the text that each model continues; by default the start of a document")
     parser.add_argument("--figure", help="the PNG file for the curves; by default curves.png in the last run")
+    parser.add_argument("--draft", action="store_true", help="instead, measure them as drafts: kdkit/drafts.py")
+    parser.add_argument("--gamma", type=int, default=4, help="with --draft: tokens drafted for a pass of the teacher")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="with --draft")
     arguments = parser.parse_args(argv)
     last = Path(arguments.runs[-1])
     figure = arguments.figure or last / "curves.png"
     try:
+        if arguments.draft:
+            return print(drafts.report(arguments.runs, arguments.gamma, arguments.dtype))
         print(compare(arguments.runs, arguments.prompt))
     except UsageError as error:
         sys.exit(f"kdkit: {error}")
