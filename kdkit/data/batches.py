@@ -23,7 +23,6 @@ from kdkit.data.chat import tokenize
 from kdkit.data.sources import Source, documents_of, open_sources
 from kdkit.losses import IGNORE_INDEX
 from kdkit.running.files import publish
-from kdkit.running.hub import explain
 
 KEYS = ("input_ids", "labels", "position_ids")
 REMARKS = {  # of kdkit.data.chat on conversations
@@ -192,7 +191,8 @@ def _cached_rows(source: Source, config: DistillConfig, tokenizer) -> Rows:
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise explain("the cache of", source.name, error, f"{folder.parent} has to be writable") from error
+        remedy = "make room, or set HF_HOME to a larger disk"
+        raise UsageError(f"the cache {folder.parent} cannot be written ({error}): {remedy}") from error
     table = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow"))).read_all()
     return Rows(table, json.loads((folder / "counts.json").read_text()))
 
