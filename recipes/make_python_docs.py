@@ -32,7 +32,7 @@ of modules, classes and functions. {documents} documents, {characters:,} charact
 have the columns `source` (a file of the library, or a topic) and `text`; a source is in one of the two only.
 
 Made by `python recipes/make_python_docs.py`. Copyright (c) 2001-2023 Python Software Foundation; All Rights Reserved.
-The text is under the license in LICENSE.txt, the PSF License Agreement.
+The text is under the license in LICENSE, the PSF License Agreement.
 """
 
 
@@ -92,7 +92,7 @@ def main() -> None:
     characters = sum(len(text) for _, text in found)
     card = CARD.format(python=platform.python_version(), documents=f"{len(found):,}", characters=characters)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    shutil.copyfile(Path(sysconfig.get_path("stdlib")) / "LICENSE.txt", folder / "LICENSE.txt")
+    shutil.copyfile(Path(sysconfig.get_path("stdlib")) / "LICENSE.txt", folder / "LICENSE")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from kdkit.running.hub import explained, split_revision
 
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 EMBEDDED = Path(__file__).parents[1] / "assets" / "python_docs"  # written by recipes/make_python_docs.py
-BATCH = 1000  # samples that are read together, which is much faster than one by one
 
 
 class Source(NamedTuple):
@@ -127,11 +126,7 @@ def _builder(field: str, name: str, dataset_config: str | None) -> tuple[Any, bo
     from datasets import Features, Value, load_dataset_builder
     from pandas import RangeIndex, read_csv
 
-    path = Path(name).expanduser()
-    if name == "embedded":
-        return load_dataset_builder(
-            "parquet", data_files={s: f"{EMBEDDED}/{s}.parquet" for s in ("train", "test")}
-        ), False
+    path = EMBEDDED if name == "embedded" else Path(name)
     if not path.exists():
         if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix.lower() in BUILDERS:
             raise UsageError(f'{field} {name} does not exist: give a file, a folder, a hub id, or "embedded"')
@@ -203,8 +198,7 @@ def documents_of(source: Source) -> Iterator[Document]:
     else:
         rows = [row for row in range(len(samples)) if wanted(row)]
         random.Random(0).shuffle(rows)
-        batches = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
-        numbered = (row for batch in batches for row in zip(batch, samples.__getitems__(batch), strict=True))
+        numbered = zip(rows, samples.select(rows), strict=True)
     with _explained(*source.name.rpartition(", split ")[0].split(" ", 1)):
         for row, sample in numbered:
             if not source.json_lines or sample["text"].strip():
