@@ -16,9 +16,9 @@ from tokenizers import normalizers
 from kdkit import DistillConfig
 from kdkit.config import DataFields, UsageError
 from kdkit.data import Rows, Steps, batches, chat, collate, count_tokens, empty_row, load_rows, pack
+from kdkit.data.__main__ import main
 from kdkit.data.chat import make_rows
 from kdkit.data.records import Document
-from kdkit.data.show import main
 from kdkit.data.sources import open_sources
 from kdkit.losses import IGNORE_INDEX
 from kdkit.models import BodyAndHead, load_teacher, load_tokenizer
