@@ -25,7 +25,11 @@ import pyarrow.parquet as pq
 ASSETS = Path(__file__).parents[1] / "kdkit/assets/python_docs"
 TEST_FRACTION = 0.08
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data"}
-CARD = """# The embedded text of kdkit
+CARD = """---
+language: en
+license: other
+---
+# The embedded text of kdkit
 
 The documentation of the standard library of Python {python}: the topics of the language reference, and the docstrings
 of modules, classes and functions. {documents} documents, {characters:,} characters. `train.parquet` and `test.parquet`
