@@ -125,9 +125,9 @@ def load_rows(config: DistillConfig, tokenizer) -> tuple[Rows, Rows]:
             )
         rows = _cached_rows(source, config, tokenizer)
         if not rows:
-            said = f"has nothing {purpose} ({describe_rows(rows, config)}): give more data"
             more = f", another eval_fraction (now {source.held_out:g}), or an eval_split" if source.held_out else ""
-            raise UsageError(f"{source.name} {said}{more}")
+            said = describe_rows(rows, config)
+            raise UsageError(f"{source.name} has nothing {purpose} ({said}): give more data{more}")
         found.append(rows)
     return tuple(found)
 

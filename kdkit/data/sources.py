@@ -128,7 +128,7 @@ def _builder(field: str, name: str, dataset_config: str | None) -> tuple[Any, bo
 
     path = EMBEDDED if name == "embedded" else Path(name)
     if not path.exists():
-        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix.lower() in BUILDERS:
+        if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix.lower() in BUILDERS:
             raise UsageError(f'{field} {name} does not exist: give a file, a folder, a hub id, or "embedded"')
         hub_id, revision = split_revision(name)
         return load_dataset_builder(hub_id, dataset_config, revision=revision), False

@@ -25,7 +25,7 @@ REASONS = {  # pattern in an error's class names or text -> the reason, and what
 
 def split_revision(name: str) -> tuple[str, str]:
     """Split "id@revision" into id and revision ("main" if there is none). A local path is not split."""
-    if Path(name).expanduser().exists():
+    if Path(name).exists():
         return name, "main"
     name, _, revision = name.partition("@")
     return name, revision or "main"
