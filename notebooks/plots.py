@@ -218,6 +218,31 @@ def points(panels: dict[str, dict[str, Sequence[float]]], levels: dict[str, floa
     return figure
 
 
+def differences(panels: dict[str, dict[str, Sequence[float]]], reference: str, factor: float = 4.3) -> Figure:
+    """Plot paired differences from a reference: a point per seed, and the mean with an interval; grey if 0 is in it.
+
+    Args:
+        panels: quantity with its unit -> group -> differences, one per seed, at least two.
+        reference: the name of what was subtracted.
+        factor: half the interval in standard errors: 4.3 is the 95 % quantile of Student's t for three seeds.
+    """
+    figure, axes = _figure(len(panels), width=2.9, height=1.2 + 0.32 * max(map(len, panels.values())))
+    for axis, (quantity, groups) in zip(axes, panels.items(), strict=True):
+        axis.axvline(0, color=TEACHER, linewidth=1.2, linestyle=":")
+        for row, values in enumerate(np.asarray(each, dtype=float) for each in groups.values()):
+            mean, half = values.mean(), factor * values.std(ddof=1) / len(values) ** 0.5
+            noise = abs(mean) <= half
+            colour = "#999999" if noise else COLOURS[0]
+            axis.errorbar(mean, row, xerr=half, color=colour, capsize=3, marker="s", mfc="white" if noise else colour)
+            axis.plot(values, [row + 0.28] * len(values), linestyle="", marker="|", markersize=5, color=colour)
+        axis.set_yticks(range(len(groups)), list(groups) if axis is axes[0] else [], fontsize=8)
+        axis.set(ylim=(len(groups) - 0.4, -0.6))
+        axis.set_xlabel(f"{quantity}\nminus {reference}", fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.locator_params(axis="x", nbins=4)
+    return figure
+
+
 def heat_maps(maps: dict[str, Sequence], rows: Sequence, columns: Sequence, row_name: str, column_name: str) -> Figure:
     """Show numbers over two settings as colours and as text. Light is better: a title with "lower" reverses the scale.
 
