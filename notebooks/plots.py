@@ -354,37 +354,3 @@ def stacked_bars(
     axis.set_title(title, pad=14 if levels else 6)
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     return figure
-
-
-def gather_and_scatter(ranks: int = 4) -> Figure:
-    """Draw what FSDP does with the weights of a layer (all-gather) and with their gradient (reduce-scatter).
-
-    A column is the memory of a rank, and a row of it one part of the layer. What a rank does not hold is white.
-    """
-    figure = Figure(figsize=(12, 5.6), dpi=150, layout="constrained")
-    titles = ("All-gather: before a layer runs", "Reduce-scatter: after its backward pass")
-    words = (("each rank holds its part of the weights", "all parts, until the layer has run"),
-             ("each rank has a gradient of its own rows", "the sum over the ranks of its part"))  # fmt: skip
-    for axis, title, (before, after), gathers in zip(figure.subplots(1, 2), titles, words, (True, False), strict=True):
-        for top, whole in ((0, not gathers), (-ranks - 3, gathers)):
-            for rank in range(ranks):
-                for part in range(ranks):
-                    held, place = whole or part == rank, (1.5 * rank, top - part - 1)
-                    summed = held and not gathers and not whole
-                    axis.add_patch(Rectangle(
-                        place, 1, 1, facecolor=COLOURS[part] if held else "white", edgecolor="black", linewidth=1,
-                        alpha=0.45 if whole and not gathers else 1,
-                    ))  # fmt: skip
-                    text = f"sum {part}" if summed else f"part {part}" if held else ""
-                    axis.text(place[0] + 0.5, place[1] + 0.5, text, ha="center", va="center", fontsize=11)
-        for rank in range(ranks):
-            axis.text(1.5 * rank + 0.5, 0.25, f"rank {rank}", ha="center", fontsize=12)
-        middle = 1.5 * (ranks - 1) / 2 + 0.5
-        arrow = {"arrowstyle": "-|>", "linewidth": 2}
-        axis.annotate("", (middle, -ranks - 2.9), (middle, -ranks - 1.1), arrowprops=arrow)
-        axis.text(middle, -ranks - 0.75, before, ha="center", fontsize=12)
-        axis.text(middle, -2 * ranks - 3.7, after, ha="center", fontsize=12)
-        axis.set(xlim=(-0.2, 1.5 * ranks - 0.3), ylim=(-2 * ranks - 4, 0.9))
-        axis.set_title(title, fontsize=14)
-        axis.axis("off")
-    return figure
