@@ -1,6 +1,7 @@
 """Measure on held-out text whether distillation works.
 
     python -m kdkit.evaluate runs/demo_ce runs/demo        # compare finished runs: table, samples and figure
+    python -m kdkit.evaluate --draft runs/demo             # what the student saves in speculative decoding
 
 Shapes: N tokens in the loss, V vocabulary; p is the teacher's distribution and q the student's, at T = 1 unless stated.
 """

@@ -165,12 +165,13 @@ def report(config: DistillConfig, launch: Launch, tflops: float, memory: float, 
     }
     table = "".join(f"         {count / GB:8.2f}  {part}\n" for part, count in parts.items() if count)
     advice = "".join(f"change   {change}\n" for change, applies in changes.items() if applies and need > memory)
+    duration = f"{seconds:.2f} s at {mfu:.0%} MFU"
+    targets = f"         {stored:8.2f}  GB for the stored targets of a million tokens\n" if stored else ""
     return f"""\
 models   teacher {teacher.num_parameters / 1e6:,.1f} M ({place}), student {size / 1e6:,.1f} M parameters
 memory   {need / GB:8.2f}  GB of {memory / GB:g} on each GPU: the run {"fits" if need <= memory else "does not fit"}
 {table}{advice}disk     {(12 * keep + 4) * size / GB:8.2f}  GB for {keep} checkpoints and final/
-         {stored:8.2f}  GB for the stored targets of a million tokens
-compute  {flop * tokens / 1e12:,.1f} TFLOP for the {tokens:,} tokens of a step: {seconds:.2f} s at {mfu:.0%} MFU
+{targets}compute  {flop * tokens / 1e12:,.1f} TFLOP for the {tokens:,} tokens of a step: {duration}
 time     {hours if steps else "unknown hours: the data decides; give max_steps or max_train_tokens"}"""
 
 

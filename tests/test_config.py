@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import TYPES
 
 from kdkit import DistillConfig, load_config
 from kdkit.command_line import read_config
@@ -54,7 +55,7 @@ def test_null_in_a_file_or_argument_is_read_as_none(tmp_path):
         (["--alhpa", "0.5"], ["--alhpa", "--alpha"]),
         (["--max-steps", "5"], ["--max_steps"]),
         (["--alpha", "1.5"], ["alpha is 1.5", "0 <= alpha <= 1"]),
-        (["--alpha", "much"], ["alpha", "float", "much"]),
+        (["--alpha", "much"], ["alpha", "a number", "much"]),
         (["--temperature", "0"], ["temperature is 0.0", "above 0"]),
         (["--temperature", "nan"], ["temperature", "nan"]),
         (["--divergence", "kl"], ["divergence", "forward_kl", "kl"]),
@@ -67,6 +68,7 @@ def test_null_in_a_file_or_argument_is_read_as_none(tmp_path):
         (["--beta", "1"], ["beta is 1.0"]),
         (["--skew", "1"], ["skew is 1.0"]),
         (["--max_steps", "0"], ["max_steps is 0"]),
+        (["--lr", "1"], ["did you mean --learning_rate?"]),
         (["--config"], ["--config", "YAML"]),
         (["--config", "no/such.yaml"], ["no/such.yaml", "No such file"]),
         (["stray"], ["stray"]),
@@ -77,6 +79,12 @@ def test_invalid_argument_raises_an_error_of_one_line_that_names_it(argv, named)
         load_config(argv)
     assert all(word in str(error.value) for word in named), str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in TYPES.items() if "str" not in str(kind)])
+def test_value_of_the_wrong_type_is_refused_in_words_and_not_in_types_of_python(name):
+    with pytest.raises(UsageError, match=rf"^{name} is 'x', expected [a-z_0-9 ]+$"):
+        load_config([f"--{name}", "x"])
 
 
 def test_chat_template_options_are_a_mapping_in_yaml_and_json_as_an_argument(tmp_path):

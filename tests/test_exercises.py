@@ -30,8 +30,8 @@ def tokens_needed(p, mass):
     ),
     ("02_loss_math", "reverse_kl_gradient"): (
         """
-def reverse_kl_gradient(z, v):
-    log_q, log_p = z.log_softmax(-1), v.log_softmax(-1)
+def reverse_kl_gradient(z, t):
+    log_q, log_p = z.log_softmax(-1), t.log_softmax(-1)
     q = log_q.exp()
     return q * (log_q - log_p - (q * (log_q - log_p)).sum())
 """,

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,12 @@ def test_own_text_that_is_only_evaluated_on_is_not_in_the_training_log(small):
     events = train(small(eval_own_text=True, max_new_tokens=8, max_steps=1))
     assert "eval/own_kl" in events[0]
     assert not any(key.startswith("train/") and ("own" in key or "writing" in key) for key in events[1])
+
+
+def test_keys_of_the_metrics_are_those_of_the_documentation(small):
+    text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    events = train(on_policy(small, on_policy=0.5, max_steps=4, logging_steps=1, max_new_tokens=24))
+    assert {key for event in events for key in event} == set(re.findall(r"`((?:train|eval)/\w+)`", text))
 
 
 def test_run_killed_while_it_writes_resumes_to_the_same_numbers(small, monkeypatch):

@@ -333,6 +333,22 @@ def test_run_prints_its_settings_before_the_first_step(small, capsys):
         assert words in printed, words
 
 
+def test_device_out_of_memory_is_one_line_that_says_what_to_lower(small, monkeypatch):
+    def train(config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    monkeypatch.setattr(importlib.import_module("kdkit.train"), "train", train)
+    with pytest.raises(SystemExit) as end:
+        main(arguments(small()))
+    message = str(end.value)
+    assert message.startswith("kdkit: the device is out of memory") and "\n" not in message
+    assert all(name in message for name in ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing"))
+
+
+def test_ddp_keeps_no_second_copy_of_the_gradients():
+    assert start_accelerator().ddp_handler.gradient_as_bucket_view
+
+
 @pytest.mark.parametrize("at, said", [(1, "starts over"), (3, "resumes from step_00000002")])
 def test_interrupted_run_says_from_where_it_goes_on(small, monkeypatch, at, said):
     module = importlib.import_module("kdkit.train")

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from kdkit.config import UsageError
 
@@ -103,8 +104,6 @@ class BodyAndHead(nn.Module):
 @contextmanager
 def _documents_known(batch: dict, packs: bool) -> Iterator[None]:
     """Tell transformers whether rows have several documents. It would ask the GPU, and the host would wait for that."""
-    from transformers import masking_utils
-
     if "cu_seq_lens" not in batch:  # made by hand: transformers finds out
         yield
         return

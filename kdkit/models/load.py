@@ -16,7 +16,7 @@ from transformers.utils import cached_file, logging
 from kdkit.config import DistillConfig, UsageError
 from kdkit.models.body_and_head import wrap
 from kdkit.models.cut import student_from_layers
-from kdkit.running.hub import explain, loading_errors, split_revision
+from kdkit.running.hub import explained, split_revision
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -27,6 +27,7 @@ def locate(name: str, role: str) -> tuple[str, str]:
         return str(ASSETS / f"embedded_{role}"), "main"
     path, revision = split_revision(os.path.expanduser(name))
     is_hub_id = path.count("/") < 2 and not path.startswith((".", "/", "~"))
+    is_hub_id &= "/" not in path or not Path(path).parent.is_dir()  # runs/mine, where runs/ exists
     if not is_hub_id and not Path(path).is_dir():
         raise UsageError(f"{role}_model {name} does not exist: give a model folder, a hub id, or embedded")
     return path, revision
@@ -37,13 +38,10 @@ def load_pretrained(auto_class, name: str, role: str, config: DistillConfig, **o
     logging.disable_progress_bar()  # the one for reading files; downloads still show one
     path, revision = locate(name, role)
     options |= {"revision": revision, "trust_remote_code": config.trust_remote_code}
-    try:
+    with explained(f"{role}_model", name, "give a model folder with safetensors files, or a hub id"):
         for file in Path(path).glob("*.safetensors"):  # reads the header, which shows a truncated file
             safe_open(file, "pt")
         return auto_class.from_pretrained(path, **options)
-    except loading_errors() as error:
-        remedy = "give a model folder with safetensors files, or a hub id"
-        raise explain(f"{role}_model", name, error, remedy) from error
 
 
 def load_model(name: str, role: str, config: DistillConfig, dtype: torch.dtype) -> nn.Module:
@@ -142,9 +140,5 @@ def load_student(config: DistillConfig, teacher, rows=None) -> nn.Module:
 def from_config(model_config, role: str, config: DistillConfig, dtype: torch.dtype, attention: str | None) -> nn.Module:
     """Make a causal language model with random weights; a UsageError if its config is of another kind of model."""
     options = {"attn_implementation": attention, "trust_remote_code": config.trust_remote_code}
-    try:
+    with explained(f"{role}_model", getattr(config, f"{role}_model"), "give a causal language model"):
         return AutoModelForCausalLM.from_config(model_config, dtype=dtype, **options)
-    except loading_errors() as error:
-        raise explain(
-            f"{role}_model", getattr(config, f"{role}_model"), error, "give a causal language model"
-        ) from error
