@@ -166,7 +166,8 @@ def run_kdkit(folder: Path, args: argparse.Namespace) -> dict:
             return {"input_ids": ids, "labels": labels, "position_ids": list(range(len(ids)))}
 
         training = [row(ids) for ids in make_rows(args)]
-        return training, [{key: value[-8:] for key, value in training[0].items()}]  # a short evaluation
+        short = {key: training[0][key][-8:] for key in ("input_ids", "labels")} | {"position_ids": list(range(8))}
+        return training, [short]  # a short evaluation
 
     def watch(event: dict) -> None:
         if "train/loss" not in event:

@@ -6,12 +6,20 @@ python -m kdkit.train --config recipes/demo.yaml --alpha 0.5
 import argparse
 import difflib
 import json
+import re
 import sys
+import types
+import typing
 from pathlib import Path
 
 import yaml
 
 from kdkit.config import FIELDS, GROUPS, DistillConfig, UsageError
+
+TYPES = {  # of fields, in words
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping",
+    list[int]: "a list of whole numbers", types.NoneType: "null",
+}  # fmt: skip
 
 
 def load_config(argv: list[str] | None = None, command: str = "python -m kdkit.train") -> DistillConfig:
@@ -44,7 +52,7 @@ def load_config(argv: list[str] | None = None, command: str = "python -m kdkit.t
     try:
         values = parser.parse_args(([] if known.config is None else _read_yaml(known.config)) + rest)
     except jsonargparse.ArgumentError as error:
-        raise UsageError(_one_line(error)) from None
+        raise UsageError(_explain(_one_line(error))) from None
     return DistillConfig(**{name: values[name] for name in FIELDS})
 
 
@@ -71,9 +79,28 @@ def _read_yaml(path: str) -> list[str]:
 def _check_name(name: str, where: str, prefix: str = "") -> None:
     if name in FIELDS:
         return
-    nearest = difflib.get_close_matches(name.replace("-", "_"), FIELDS, n=1, cutoff=0.5)
+    nearest = [field for field in FIELDS if name == "".join(word[0] for word in field.split("_"))]  # lr, bs
+    nearest += difflib.get_close_matches(name.replace("-", "_"), FIELDS, n=1, cutoff=0.5)
     hint = f"did you mean {prefix}{nearest[0]}?" if nearest else "python -m kdkit.train --help lists the fields"
     raise UsageError(f"{where} has an unknown field {prefix}{name}: {hint}")
+
+
+def _explain(message: str) -> str:
+    """Say what is expected of a field in words, where jsonargparse says it in types of Python."""
+    found = re.search(r'key "(\w+)".* [Gg](?:ot|iven) value: (.*)', message)
+    if not found or found[1] not in FIELDS:
+        return message
+    return (
+        f"{found[1]} is {found[2]!r}, expected {' or '.join(_expected(typing.get_type_hints(DistillConfig)[found[1]]))}"
+    )
+
+
+def _expected(kind) -> list[str]:
+    if typing.get_origin(kind) is typing.Literal:
+        return list(typing.get_args(kind))
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return [name for part in typing.get_args(kind) for name in _expected(part)]
+    return [TYPES[kind]]
 
 
 def _one_line(error: Exception) -> str:

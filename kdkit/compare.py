@@ -3,15 +3,18 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from kdkit import drafts
 from kdkit.command_line import read_config
 from kdkit.config import DataFields, UsageError
 from kdkit.data import load_rows
 from kdkit.evaluate import evaluate
+from kdkit.losses import IGNORE_INDEX
 from kdkit.models import count_parameters, load_teacher, load_tokenizer
 from kdkit.running.tracking import read_metrics
 
@@ -38,26 +41,36 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     tokenizer = load_tokenizer(first)
     _, rows = load_rows(dataclasses.replace(first, packing=False), tokenizer)  # right for every model
-    prompt = prompt or tokenizer.decode(rows[0]["input_ids"][:24], skip_special_tokens=True)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    ids = tokenizer(prompt)["input_ids"] if prompt else _prompt(rows)
+    inputs, shown = torch.tensor([ids], device=device), tokenizer.decode(ids)  # with the markers of turns
+    greedy = {"max_new_tokens": 40, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     teacher = load_teacher(first.teacher_model, torch.float32, first).to(device)
-    lines, samples = [["", "parameters", *COLUMNS]], [f"Each model continues {prompt!r}:"]
+    lines, samples = [["in fp32", "parameters", *COLUMNS]], [f"Each model continues {shown!r}:"]
     for run, config in {"": first, **configs}.items():
         model, name = teacher, "teacher"
         if run:
             model = AutoModelForCausalLM.from_pretrained(Path(run) / "final", dtype=torch.float32).eval().to(device)
-            name = f"student, {'CE only' if config.alpha == 1 else 'distilled'}: {run}"
+            name = f"{run}: {config.loss_formula.removeprefix('loss = ').replace('teacher, student; ', '')}"
         # the entries that both heads have, as in training; the teacher's own line uses those of the first run
         vocab_size = AutoConfig.from_pretrained(Path(run or run_dirs[0]) / "final").get_text_config().vocab_size
         metrics = evaluate(model, teacher, rows, config, pad_token_id=tokenizer.pad_token_id, vocab_size=vocab_size)
         values = [pattern.format(metrics[key]) for key, pattern in COLUMNS.values()]
         lines.append([name, f"{count_parameters(model) / 1e6:.2f} M", *values])
-        ids = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        written = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        model.generation_config = GenerationConfig(**greedy)  # its own may have a penalty or a temperature
+        written = model.generate(inputs, attention_mask=torch.ones_like(inputs))[0, len(ids) :]
+        written = tokenizer.decode(written, skip_special_tokens=True)
         samples.append(f"  {name}\n    {written!r}")
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     table = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in lines]
     return "\n".join([*table, "", *samples])
+
+
+def _prompt(rows: Sequence[dict]) -> list[int]:
+    """Return the start of the first text, or what precedes the first answer of the first conversation."""
+    ids, labels = rows[0]["input_ids"], rows[0]["labels"]
+    if "texts" in str(rows.counts["kind"]):
+        return ids[:24]
+    return ids[: 1 + next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)]  # labels are shifted
 
 
 def plot_curves(run_dirs: list[str], path: str | Path) -> None:
@@ -83,15 +96,20 @@ def plot_curves(run_dirs: list[str], path: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`python -m kdkit.evaluate RUN [RUN ...] [--prompt TEXT] [--figure PNG]`."""
+    """`python -m kdkit.evaluate RUN [RUN ...] [--prompt TEXT] [--figure PNG]`, or with `--draft [--gamma NUMBER]`."""
     parser = argparse.ArgumentParser(prog="python -m kdkit.evaluate", description="Compare finished runs.")
     parser.add_argument("runs", nargs="+", help="folders of runs, such as runs/demo")
     parser.add_argument("--prompt", help="the text that each model continues; by default the start of a document")
     parser.add_argument("--figure", help="the PNG file for the curves; by default curves.png in the last run")
+    parser.add_argument("--draft", action="store_true", help="instead, measure them as drafts: kdkit/drafts.py")
+    parser.add_argument("--gamma", type=int, default=4, help="with --draft: tokens drafted for a pass of the teacher")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="with --draft")
     arguments = parser.parse_args(argv)
     last = Path(arguments.runs[-1])
     figure = arguments.figure or last / "curves.png"
     try:
+        if arguments.draft:
+            return print(drafts.report(arguments.runs, arguments.gamma, arguments.dtype))
         print(compare(arguments.runs, arguments.prompt))
     except UsageError as error:
         sys.exit(f"kdkit: {error}")

@@ -31,7 +31,9 @@ class ModelFields:
     student_model: str = "embedded"
     """Hub id (or id@revision) or local folder; "embedded" is a two-layer Llama that starts from random weights."""
     student_layers: list[int] | int | None = None
-    """Start from layers of the teacher, not from student_model: a list of indices, or a count (spread evenly)."""
+    """Start from layers of the teacher, not from student_model: a list of indices, or a count."""
+    student_layers_by: Literal["spread", "kl"] = "spread"
+    """Which layers a count keeps: spread evenly, or those whose absence raises KL(teacher || student) most."""
     student_random_init: bool = False
     """Start the student from random weights; only the config of student_model is read."""
     teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -103,9 +105,9 @@ class LossFields:
     """Weight of the cross-entropy: loss = alpha * CE + (1 - alpha) * T^2 * divergence. 0 is pure KL, 1 pure CE."""
     temperature: float = 1.0
     """T: in the divergence, the logits of both models are divided by it."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"] = (
-        "forward_kl"
-    )
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "neg_log_acceptance"
+    ] = "forward_kl"
     """Which divergence between teacher and student: see kdkit/losses.py."""
     beta: float = 0.5
     """Weight of the teacher in the mixture of the jsd divergence, in (0, 1)."""
@@ -139,6 +141,8 @@ class OptimizationFields:
     """Micro-batches of an optimizer step on each device."""
     gradient_checkpointing: bool = may_change(False)
     """Compute the student's activations again in the backward pass: much less memory, a fourth to a third slower."""
+    compile_models: bool = may_change(False)
+    """Compile the decoder layers of both models with torch.compile: faster steps, after up to a minute at the start."""
     num_epochs: float = 3.0
     """Passes over the training text; max_steps, if given, decides instead."""
     max_steps: int | None = None
@@ -205,6 +209,13 @@ class DistillConfig(RunFields, OptimizationFields, OnPolicyFields, LossFields, D
         check(self.learning_rate is None or self.learning_rate > 0, "learning_rate", "a number above 0, or null")
         check(self.max_length >= 2, "max_length", "at least 2")
         check(self.targets == "online" or self.targets_dir, "targets_dir", f"a folder, as targets is {self.targets}")
+        for name in ("student_model", "student_random_init"):
+            alone = self.student_layers is None or getattr(self, name) == getattr(DistillConfig, name)
+            check(alone, "student_layers", f"null with {name} {getattr(self, name)}: it starts from one")
+        counted = self.student_layers_by == "spread" or isinstance(self.student_layers, int)
+        check(counted, "student_layers", "a count with student_layers_by kl")
+        replaces = os.path.abspath(self.student_model) == os.path.abspath(f"{self.output_dir}/final")
+        check(not replaces, "output_dir", "another folder: the final/ in this one is student_model")
         if self.writes_own_text:
             check(self.targets == "online", "targets", "online with own text, which is written during the run")
             check(self.packing is not True, "packing", "false or null with own text, since a row is one prompt")
@@ -243,10 +254,13 @@ class DistillConfig(RunFields, OptimizationFields, OnPolicyFields, LossFields, D
 
     @property
     def loss_formula(self) -> str:
-        """The formula of the loss with the values of this configuration."""
+        """The formula of the loss with the values of this configuration, without parts of weight 0."""
         options = "".join(f", {name}={value:g}" for name, value in self.divergence_options.items())
-        divergence = f"{self.divergence}(teacher, student; T={self.temperature:g}{options})"
-        return f"loss = {self.alpha:g} * CE + {1 - self.alpha:g} * {self.temperature:g}^2 * {divergence}"
+        square = "" if self.temperature == 1 else f"{self.temperature:g}^2 * "
+        divergence = f"{square}{self.divergence}(teacher, student; T={self.temperature:g}{options})"
+        if self.alpha in (0, 1):
+            return "loss = CE" if self.alpha else f"loss = {divergence}"
+        return f"loss = {self.alpha:g} * CE + {1 - self.alpha:g} * {divergence}"
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, with the defaults that depend on other fields filled in: the content of config.yaml."""

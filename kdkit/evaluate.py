@@ -1,6 +1,7 @@
 """Measure on held-out text whether distillation works.
 
     python -m kdkit.evaluate runs/demo_ce runs/demo        # compare finished runs: table, samples and figure
+    python -m kdkit.evaluate --draft runs/demo             # what the student saves in speculative decoding
 
 Shapes: N tokens in the loss, V vocabulary; p is the teacher's distribution and q the student's, at T = 1 unless stated.
 """
@@ -139,13 +140,16 @@ def check_copy(metrics: dict[str, float], config: DistillConfig) -> None:
         )
 
 
-def describe_metrics(metrics: dict[str, float], step: int) -> str:
-    """Describe an evaluation after `step` steps in one line; before the first step, warn if the teacher is worse."""
+def describe_metrics(metrics: dict[str, float], step: int, vocab_size: int) -> str:
+    """Describe an evaluation after `step` steps in one line; before the first step, say what is unusual about it."""
     teacher, student = metrics["eval/teacher_ce_loss"], metrics["eval/ce_loss"]
     line = (
         f"step {step:<6} held-out CE: student {student:.3f}, teacher {teacher:.3f}; KL {metrics['eval/kl_t1']:.3f}, "
         f"top-1 agreement {metrics['eval/top1_agreement']:.1%}"
     )
+    if step == 0 and student > math.log(vocab_size) + 1:
+        chance = f"{math.log(vocab_size):.1f}, that of {vocab_size:,} equally likely tokens"
+        line += f"\nnote     the student's CE is above {chance}: a student with fewer layers has to be trained first"
     if step == 0 and teacher > student:
         line += (
             "\nwarning  the teacher is worse than the student on this data: it would teach noise. Check that it is the "

@@ -168,12 +168,26 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature:
     return F.relu(log_p.exp() - log_q.exp()).sum(-1)
 
 
+def neg_log_acceptance(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """-log sum_v min(p_v, q_v): minus the logarithm of the acceptance rate of a draft, -log(1 - total variation).
+
+    Range [0, inf); 0 if p = q. Gradient: that of the total variation divided by the acceptance rate, so that it does
+    not vanish where the models hardly overlap: with r = 1[q < p] * q / sum_v min(p_v, q_v), it is
+    (q * sum(r) - r) / T, and 0 if p = q. For a teacher that is sure of one token it is the cross-entropy. Samarin et
+    al. 2026, LK losses (arXiv:2602.23881). Args and Returns as in `forward_kl`.
+    """
+    log_p, log_q = _log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature)
+    return -torch.minimum(log_p, log_q).logsumexp(-1)  # finite also if the overlap is below the range of fp32
+
+
 def _log_mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
     """log(weight * a + (1 - weight) * b), finite if a and b have underflowed to 0: 0 * -inf would be NaN."""
     return (torch.lerp(b, a, weight) + torch.finfo(a.dtype).tiny).log()
 
 
-DIVERGENCES = {f.__name__: f for f in (forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation)}
+DIVERGENCES = {
+    f.__name__: f for f in (forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, neg_log_acceptance)
+}
 
 
 def kd_loss(

@@ -149,9 +149,8 @@ class OwnText:
                 f"on_policy cannot be used with a {name} ({fault}): set on_policy to 0, or choose another student"
             )
 
-    @torch.no_grad()
     def _generate(self, student: nn.Module, prompts: list[list[int]], numbers: np.ndarray) -> Tensor:
-        """Return the tokens (B, G) that are written after the prompts, which are padded on the left."""
+        """Return the tokens (B, G), without gradient, that follow the prompts, which are padded on the left."""
         device = self.accelerator.device
         width = max(len(prompt) for prompt in prompts)
         ids = torch.tensor([[self.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
@@ -213,9 +212,7 @@ def is_on_policy(config: DistillConfig, step: int) -> bool:
     return random.Random(f"{config.seed}/own text/{step}").random() < config.on_policy
 
 
-def own_text_metrics(
-    own_text: OwnText, student: nn.Module, teacher, rows: Sequence[dict]
-) -> dict[str, float]:  # fmt: skip
+def own_text_metrics(own_text: OwnText, student: nn.Module, teacher, rows: Sequence[dict]) -> dict[str, float]:
     """Measure the student where it writes: on its own continuations of held-out prompts, the same numbers each time.
 
     Returns `eval/own_kl`, the mean KL(student || teacher) at T = 1 over the generated tokens, in nats; and

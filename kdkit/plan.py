@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from kdkit import fused
 from kdkit.command_line import load_config
@@ -28,7 +28,7 @@ from kdkit.config import DistillConfig, UsageError
 from kdkit.data import Steps
 from kdkit.losses import TopK
 from kdkit.models import BodyAndHead, teacher_dtype
-from kdkit.models.load import load_pretrained
+from kdkit.models.load import from_config, load_pretrained
 from kdkit.train import make_loss, train_step
 
 GPUS = {  # dense bf16 TFLOP/s (fp32 sums) and GB: NVIDIA's data sheets, SXM if there is a choice; 4090: Ada white paper
@@ -77,8 +77,7 @@ def build(role: str, config: DistillConfig, dtype: torch.dtype) -> BodyAndHead:
     if role != source:
         model_config.get_text_config().num_hidden_layers = layers if isinstance(layers, int) else len(layers)
     attention = "eager" if config.attn_implementation == "eager" else None  # flash attention needs about that of sdpa
-    options = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": config.trust_remote_code}
-    model = AutoModelForCausalLM.from_config(model_config, **options)
+    model = from_config(model_config, source, config, dtype, attention)
     return BodyAndHead(model.train(role == "student").requires_grad_(role == "student"))
 
 
@@ -87,9 +86,9 @@ def gathered(model: BodyAndHead) -> tuple[int, int]:
 
     It gathers all weights outside the layers (embedding, norm, head), the layer that runs, and the next one.
     """
-    size, names = lambda module: sum(x.nbytes for x in module.parameters()), model._no_split_modules or []
-    layers = [0] + [size(module) for module in model.modules() if type(module).__name__ in names]
-    return size(model) - sum(layers) + 2 * max(layers), max(layers)
+    total, *layers = (sum(weight.nbytes for weight in part.parameters()) for part in (model, *model.layers))
+    largest = max(layers, default=0)
+    return total - sum(layers) + 2 * largest, largest
 
 
 def measure(config: DistillConfig, launch: Launch, memory: float = 80 * GB) -> tuple[dict[str, float], str, tuple]:
@@ -166,12 +165,13 @@ def report(config: DistillConfig, launch: Launch, tflops: float, memory: float, 
     }
     table = "".join(f"         {count / GB:8.2f}  {part}\n" for part, count in parts.items() if count)
     advice = "".join(f"change   {change}\n" for change, applies in changes.items() if applies and need > memory)
+    duration = f"{seconds:.2f} s at {mfu:.0%} MFU"
+    targets = f"         {stored:8.2f}  GB for the stored targets of a million tokens\n" if stored else ""
     return f"""\
 models   teacher {teacher.num_parameters / 1e6:,.1f} M ({place}), student {size / 1e6:,.1f} M parameters
 memory   {need / GB:8.2f}  GB of {memory / GB:g} on each GPU: the run {"fits" if need <= memory else "does not fit"}
 {table}{advice}disk     {(12 * keep + 4) * size / GB:8.2f}  GB for {keep} checkpoints and final/
-         {stored:8.2f}  GB for the stored targets of a million tokens
-compute  {flop * tokens / 1e12:,.1f} TFLOP for the {tokens:,} tokens of a step: {seconds:.2f} s at {mfu:.0%} MFU
+{targets}compute  {flop * tokens / 1e12:,.1f} TFLOP for the {tokens:,} tokens of a step: {duration}
 time     {hours if steps else "unknown hours: the data decides; give max_steps or max_train_tokens"}"""
 
 
@@ -187,6 +187,8 @@ def main(argv: list[str] | None = None) -> None:
         config = load_config(rest, " ".join(own.format_usage().split()[1:]))
         memory = GPUS[args.gpu][1] if args.memory is None else args.memory
         file = yaml.safe_load(Path(args.accelerate_config).read_bytes()) if args.accelerate_config else {}
+        if not isinstance(file, dict):
+            raise UsageError(f"--accelerate_config {args.accelerate_config} has no lines of `key: value`")
         fsdp, precision = file.get("distributed_type") == "FSDP", file.get("mixed_precision", "bf16")
         ranks = file.get("num_processes", 1) if args.gpus is None else args.gpus
         if not (memory > 0 and 0 < args.mfu <= 1 and precision in ("bf16", "no") and ranks > fsdp):

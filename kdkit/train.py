@@ -27,6 +27,7 @@ from .models import BodyAndHead, check_export, check_models, check_pair, examine
 from .on_policy import open_writer, own_text_metrics
 from kdkit.running.checkpoint import (
     check_inputs,
+    checkpoints,
     export,
     find_checkpoint,
     load_checkpoint,
@@ -45,7 +46,7 @@ def load(config: DistillConfig, accelerator: Accelerator) -> tuple:
     tokenizer = load_tokenizer(config)
     rows = load_rows(config, tokenizer)
     teacher = open_teacher(config, accelerator.mixed_precision, *rows)
-    student = BodyAndHead(load_student(config, teacher))
+    student = BodyAndHead(load_student(config, teacher, rows[0]))
     if config.gradient_checkpointing:
         student.recompute_activations()
     pair = check_pair(config, teacher, student, tokenizer)
@@ -54,12 +55,23 @@ def load(config: DistillConfig, accelerator: Accelerator) -> tuple:
 
 
 def examine_models(config, accelerator, tokenizer, rows: tuple, teacher, student, pair) -> tuple:
-    """Ask both models, on their devices, what the loss relies on. Returns the rows, unpacked if a model needs that."""
+    """Ask both models, on their devices, what the loss relies on, then compile them if that is wanted.
+
+    Returns the rows, unpacked if a model needs that.
+    """
     notes = teacher.examine(rows[0], accelerator.device)
     notes += examine(student, "student", rows[0], accelerator.device)
-    packs = {"teacher": teacher.packs, "student": accelerator.unwrap_model(student).packs}
-    rows, more = settle_packing(rows, config, tokenizer, packs)
+    models = {"teacher": teacher, "student": accelerator.unwrap_model(student)}
+    rows, more = settle_packing(rows, config, tokenizer, {role: model.packs for role, model in models.items()})
     pair.report.extend(notes + more)
+    if config.compile_models:
+        wanted, why = should_compile(True, 0, accelerator.device)
+        if not wanted:
+            raise UsageError(
+                f"compile_models is true, but models are {why}: install it, or set compile_models to false"
+            )
+        for model in models.values():
+            model.compile_layers()
     return rows
 
 # %% ../notebooks/03_train.ipynb #b8d69992
@@ -151,7 +163,7 @@ def describe_run(config, accelerator, teacher, student, pair, steps, eval_rows, 
     default = "" if config.learning_rate else f", the default for a student {start}"
     ranks, precision = accelerator.num_processes, accelerator.mixed_precision.replace("no", "fp32")
     lines = [
-        f"teacher  {config.teacher_model}: {teacher.num_parameters / 1e6:,.2f} M parameters, frozen",
+        f"teacher  {config.teacher_model}: {teacher.num_parameters / 1e6:,.2f} M parameters",
         f"student  {name}: {student.num_parameters / 1e6:,.2f} M parameters, {start}",
         *(f"         {line}" for line in pair.report),
         f"{config.loss_formula}, in nats per token; {compilation}",
@@ -162,6 +174,8 @@ def describe_run(config, accelerator, teacher, student, pair, steps, eval_rows, 
         f" = {steps.rows_per_step} rows, about {tokens_per_step(steps):,.0f} tokens in the loss",
         f"run      {len(steps):,} steps = {len(steps) / steps.steps_per_epoch:.1f} epochs, {accelerator.device.type},"
         f" {precision}; peak learning rate {config.peak_learning_rate:g}{default}",
+        f"files    {config.output_dir}: checkpoints of {12 * student.num_parameters / 1e6:,.0f} MB (the newest"
+        f" {config.keep_checkpoints} are kept), final/ of {4 * student.num_parameters / 1e6:,.0f} MB",
     ]
     if config.student_is_pretrained and config.peak_learning_rate > 5e-4:
         lines.append(f"note     learning_rate {config.learning_rate:g} is high for a pretrained student: try 2e-5")
@@ -214,7 +228,7 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
             metrics |= own_text_metrics(writer, student, teacher, eval_rows)
         tracker.log_evaluation(metrics, step=step, epoch=step / steps.steps_per_epoch)
         if accelerator.is_main_process:
-            tqdm.write(describe_metrics(metrics, step))
+            tqdm.write(describe_metrics(metrics, step, pair.vocab_size))
 
     if start == 0:
         measure(0)
@@ -260,15 +274,17 @@ def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
     progress.close()
     final = export(accelerator, student, tokenizer, config)
     tracker.finish()
-    accelerator.print(f"the student is in {final}")
+    accelerator.print(f"the student is in {final}; python -m kdkit.evaluate {config.output_dir} describes it")
     accelerator.wait_for_everyone()
     return tracker.history
 
 # %% ../notebooks/03_train.ipynb #3465b400
 def main(argv: list[str] | None = None) -> None:
     """`python -m kdkit.train [--config recipe.yaml] [--field value ...]`."""
+    config = None
     try:
-        train(load_config(argv))
+        config = load_config(argv)
+        train(config)
     except (UsageError, RunStopped) as error:
         sys.exit(f"kdkit: {error}")
     except torch.OutOfMemoryError as error:
@@ -277,7 +293,8 @@ def main(argv: list[str] | None = None) -> None:
             "times more gradient_accumulation_steps gives the same steps; gradient_checkpointing true needs less, too"
         )
     except KeyboardInterrupt:
-        sys.exit("kdkit: interrupted. The same command resumes from the newest checkpoint, if one was saved")
+        kept = [path.name for path in checkpoints(config.output_dir)] if config else []
+        sys.exit(f"kdkit: interrupted. The same command {'resumes from ' + kept[-1] if kept else 'starts over'}")
     leave_processes()
 
 

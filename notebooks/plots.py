@@ -123,7 +123,7 @@ def token_strips(tokens: Sequence[str], values: dict[str, Sequence[float]], unit
             column, line = 0, line + 1
         cells.append((text, column, line))
         column += len(text) + 1
-    figure = Figure(figsize=(9.6, (0.5 + 0.27 * (line + 1)) * len(values) + 0.1), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9.6, (0.5 + 0.3 * (line + 1)) * len(values) + 0.1), dpi=150, layout="constrained")
     axes = figure.subplots(len(values), 1, squeeze=False)[:, 0]
     colours = colormaps["cividis"]
     top = max(max(each) for each in values.values()) or 1.0
@@ -135,12 +135,13 @@ def token_strips(tokens: Sequence[str], values: dict[str, Sequence[float]], unit
             )
             ink = "black" if 0.3 * shade[0] + 0.59 * shade[1] + 0.11 * shade[2] > 0.5 else "white"
             axis.text(column + (len(text) + 1) / 2, line + 0.47, text, ha="center", va="center", color=ink,
-                      fontsize=8, family="monospace")  # fmt: skip
+                      fontsize=10, family="monospace")  # fmt: skip
         axis.set(xlim=(0, columns), ylim=(cells[-1][2] + 1, 0))
-        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_title(name, loc="left", fontsize=13)
         axis.axis("off")
     scale = figure.colorbar(ScalarMappable(Normalize(0, top), colours), ax=list(axes), pad=0.01, aspect=18)
-    scale.set_label(unit)
+    scale.set_label(unit, fontsize=13)
+    scale.ax.tick_params(labelsize=12)
     return figure
 
 
@@ -279,6 +280,43 @@ def predicted_and_counted(groups: dict[str, tuple[float, float, float]], quantit
                       linestyle="", capsize=3, label=name)  # fmt: skip
     axis.set(xlabel=f"predicted {quantity}", ylabel=f"counted {quantity}", xlim=(0, 1.02), ylim=(0, 1.02))
     axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def collectives(weights: Sequence[float], gradients: Sequence[Sequence[float]]) -> Figure:
+    """Draw what each of R ranks holds before and after FSDP's all-gather and reduce-scatter; empty parts are not held.
+
+    Args:
+        weights: (R,), the weights; rank r holds the one at r.
+        gradients: (R, R), in row r those that rank r has computed.
+    """
+    figure = Figure(figsize=(9.6, 1.9 + 0.72 * len(weights)), dpi=150, layout="constrained")
+    axes, ranks = figure.subplots(1, 2), range(len(weights))
+    summed = np.sum(gradients, axis=0)
+    panels = {
+        "all-gather: weights, before a layer runs": ([[weights[r]] for r in ranks], [list(weights)] * len(weights)),
+        "reduce-scatter: gradients, after it": ([list(row) for row in gradients], [[summed[r]] for r in ranks]),
+    }
+    for axis, (title, states) in zip(axes, panels.items(), strict=True):
+        for column, (state, held) in enumerate(zip(("before", "after"), states, strict=True)):
+            left = column * (len(weights) + 1.4)
+            axis.text(left + len(weights) / 2, -0.25, state, ha="center", fontsize=13)
+            for rank, numbers in enumerate(held):
+                for part in ranks:
+                    number = numbers[part] if len(numbers) > 1 else numbers[0] if part == rank else None
+                    colour = "none" if number is None else COLOURS[part % 6]
+                    axis.add_patch(Rectangle((left + part, rank), 1, 0.8, facecolor=colour, edgecolor=TEACHER,
+                                             linewidth=1, alpha=0.45))  # fmt: skip
+                    text = "" if number is None else f"{number:g}"
+                    axis.text(left + part + 0.5, rank + 0.42, text, ha="center", va="center", fontsize=14)
+        for rank in ranks:
+            axis.text(-0.25, rank + 0.42, f"rank {rank}", ha="right", va="center", fontsize=12)
+        middle = len(weights) / 2 - 0.1
+        arrow = {"arrowstyle": "-|>", "linewidth": 2, "color": TEACHER}
+        axis.annotate("", (len(weights) + 1.25, middle), (len(weights) + 0.15, middle), arrowprops=arrow)
+        axis.set(xlim=(-2.0, 2 * len(weights) + 1.5), ylim=(len(weights), -0.7))
+        axis.set_title(title, fontsize=13)
+        axis.axis("off")
     return figure
 
 

@@ -25,14 +25,18 @@ import pyarrow.parquet as pq
 ASSETS = Path(__file__).parents[1] / "kdkit/assets/python_docs"
 TEST_FRACTION = 0.08
 SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data"}
-CARD = """# The embedded text of kdkit
+CARD = """---
+language: en
+license: other
+---
+# The embedded text of kdkit
 
 The documentation of the standard library of Python {python}: the topics of the language reference, and the docstrings
 of modules, classes and functions. {documents} documents, {characters:,} characters. `train.parquet` and `test.parquet`
 have the columns `source` (a file of the library, or a topic) and `text`; a source is in one of the two only.
 
 Made by `python recipes/make_python_docs.py`. Copyright (c) 2001-2023 Python Software Foundation; All Rights Reserved.
-The text is under the license in LICENSE.txt, the PSF License Agreement.
+The text is under the license in LICENSE, the PSF License Agreement.
 """
 
 
@@ -92,7 +96,7 @@ def main() -> None:
     characters = sum(len(text) for _, text in found)
     card = CARD.format(python=platform.python_version(), documents=f"{len(found):,}", characters=characters)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    shutil.copyfile(Path(sysconfig.get_path("stdlib")) / "LICENSE.txt", folder / "LICENSE.txt")
+    shutil.copyfile(Path(sysconfig.get_path("stdlib")) / "LICENSE.txt", folder / "LICENSE")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,11 @@ def student_with_dropout(folder: Path, attention_dropout: float = 0.2, **changes
     return str(folder)
 
 
+def arguments(config: DistillConfig) -> list[str]:
+    """Return the command line of a configuration."""
+    return [f"--{name}={value}" for name, value in vars(config).items() if value is not None]
+
+
 def json_lines(path: Path, *records: dict) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path

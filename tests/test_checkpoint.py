@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdkit import DistillConfig
+from kdkit import DistillConfig, load_config
 from kdkit.config import RunStopped, UsageError
 from kdkit.models import (
     ASSETS,
@@ -150,14 +151,14 @@ def test_checkpoint_holds_no_teacher_tied_weights_once_and_no_pickle(small):
 
 # Fields that say how a run is watched, stored and laid out. All others decide what it computes.
 FREE = {"output_dir", "resume", "logging_steps", "eval_steps", "save_steps", "keep_checkpoints", "teacher_placement",
-        "gradient_checkpointing", "targets_dir", "fused_loss", "compile_loss", "num_proc", "use_wandb",
-        "wandb_project", "wandb_entity", "wandb_run_name"}  # fmt: skip
+        "gradient_checkpointing", "compile_models", "targets_dir", "fused_loss", "compile_loss", "num_proc",
+        "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name"}  # fmt: skip
 
 
 def test_each_field_that_is_not_free_is_refused_by_name_on_resume(small):
     config = small(max_steps=1, packing=False, targets_dir="stored", max_new_tokens=8)
     train(config)
-    for name in set(FIELDS) - FREE:
+    for name in set(FIELDS) - FREE - {"student_layers_by"}:  # which alone is no valid configuration
         with pytest.raises(UsageError, match=rf"another configuration: {name} was .*, is [^;]*\. Choose.*resume never"):
             train(with_another(config, name))
 
@@ -192,6 +193,33 @@ def test_path_or_finished_run_is_resumed_with_the_same_result(saved, run):
     assert numbers(train(run)) == expected
     assert numbers(train(replace(run, resume=f"{run.output_dir}/checkpoints/step_00000004"))) == expected
     assert_same_weights(saved, run)
+
+
+@pytest.mark.parametrize(
+    "start, unset", [({"student_layers": 2}, "--student_layers null"), ({"student_random_init": True},
+                     "--student_random_init false"), ({}, "")],
+)  # fmt: skip
+def test_finished_run_is_trained_on_by_what_its_refusal_names(small, tmp_path, start, unset):
+    config = small(max_steps=2, **start)
+    before, final = train(config), f"{config.output_dir}/final"
+    with pytest.raises(UsageError, match=r"max_steps was 2, is 4\. Choose another --output_dir") as refused:
+        train(replace(config, max_steps=4))
+    named = re.search(r"\(to train its student on, add (.*?)\)", str(refused.value))[1].split()
+    assert named == ["--student_model", final, *unset.split()]
+    kept = AutoModelForCausalLM.from_pretrained(final).state_dict()
+    argv = ["--config", f"{config.output_dir}/config.yaml", "--max_steps=4", f"--output_dir={tmp_path / 'on'}", *named]
+    history = train(load_config(argv))
+    assert steps_of(history) == [1, 2, 3, 4]
+    assert history[0]["eval/ce_loss"] == pytest.approx(before[-1]["eval/ce_loss"], abs=1e-6)
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(final).state_dict(), kept, rtol=0, atol=0)
+
+
+def test_run_that_is_not_finished_names_no_student_to_train_on(small):
+    with pytest.raises(Cut):
+        train(small(max_steps=4, save_steps=1), watch=cut_after(3))
+    with pytest.raises(UsageError, match="max_steps was 4, is 5") as refused:
+        train(small(max_steps=5, save_steps=1))
+    assert "student_model" not in str(refused.value)
 
 
 def test_run_cut_before_its_first_checkpoint_starts_again(small):
@@ -336,8 +364,8 @@ def test_inputs_that_changed_are_named_and_a_checkpoint_without_them_is_accepted
 
 
 def test_parameter_without_a_gradient_does_not_prevent_a_resume(small, tmp_path, monkeypatch):
-    def with_unused(config, teacher):
-        student = load_student(config, teacher)
+    def with_unused(*arguments):
+        student = load_student(*arguments)
         student.model.layers[0].unused = torch.nn.Linear(3, 3)
         return student
 

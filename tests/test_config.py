@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import TYPES
 
 from kdkit import DistillConfig, load_config
 from kdkit.command_line import read_config
@@ -54,14 +55,20 @@ def test_null_in_a_file_or_argument_is_read_as_none(tmp_path):
         (["--alhpa", "0.5"], ["--alhpa", "--alpha"]),
         (["--max-steps", "5"], ["--max_steps"]),
         (["--alpha", "1.5"], ["alpha is 1.5", "0 <= alpha <= 1"]),
-        (["--alpha", "much"], ["alpha", "float", "much"]),
+        (["--alpha", "much"], ["alpha", "a number", "much"]),
         (["--temperature", "0"], ["temperature is 0.0", "above 0"]),
         (["--temperature", "nan"], ["temperature", "nan"]),
         (["--divergence", "kl"], ["divergence", "forward_kl", "kl"]),
         (["--batch_size", "0"], ["batch_size is 0"]),
+        (["--student_layers", "2", "--student_model", "a/final"], ["student_layers is 2", "student_model a/final"]),
+        (["--student_layers", "[0, 1]", "--student_layers_by", "kl"], ["student_layers is [0, 1]", "a count"]),
+        (["--student_layers_by", "kl"], ["student_layers is None", "a count with student_layers_by kl"]),
+        (["--student_layers", "2", "--student_random_init", "true"], ["student_layers is 2", "random_init True"]),
+        (["--student_model", "runs/a/final", "--output_dir", "runs/a"], ["output_dir is", "student_model"]),
         (["--beta", "1"], ["beta is 1.0"]),
         (["--skew", "1"], ["skew is 1.0"]),
         (["--max_steps", "0"], ["max_steps is 0"]),
+        (["--lr", "1"], ["did you mean --learning_rate?"]),
         (["--config"], ["--config", "YAML"]),
         (["--config", "no/such.yaml"], ["no/such.yaml", "No such file"]),
         (["stray"], ["stray"]),
@@ -72,6 +79,12 @@ def test_invalid_argument_raises_an_error_of_one_line_that_names_it(argv, named)
         load_config(argv)
     assert all(word in str(error.value) for word in named), str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in TYPES.items() if "str" not in str(kind)])
+def test_value_of_the_wrong_type_is_refused_in_words_and_not_in_types_of_python(name):
+    with pytest.raises(UsageError, match=rf"^{name} is 'x', expected [a-z_0-9 ]+$"):
+        load_config([f"--{name}", "x"])
 
 
 def test_chat_template_options_are_a_mapping_in_yaml_and_json_as_an_argument(tmp_path):
@@ -152,6 +165,8 @@ def test_choices_of_divergence_equal_the_keys_of_divergences():
 def test_loss_formula_shows_the_values_of_the_fields():
     formula = DistillConfig(alpha=0.3, temperature=2, divergence="jsd", beta=0.2).loss_formula
     assert formula == "loss = 0.3 * CE + 0.7 * 2^2 * jsd(teacher, student; T=2, beta=0.2)"
+    assert DistillConfig(alpha=0.0, temperature=1).loss_formula == "loss = forward_kl(teacher, student; T=1)"
+    assert DistillConfig(alpha=1.0, temperature=2).loss_formula == "loss = CE"
 
 
 def test_help_explains_every_field():

@@ -16,7 +16,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
-from helpers import LIMIT, environment, free_port, run_processes, student_with_dropout
+from helpers import LIMIT, arguments, environment, free_port, run_processes, student_with_dropout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -42,10 +42,6 @@ def command(kind: str, *program: str, precision: str = "no") -> list[str]:
     else:
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return [sys.executable, "-m", *launcher, *program]
-
-
-def arguments(config) -> list[str]:
-    return [f"--{name}={value}" for name, value in vars(config).items() if value is not None]
 
 
 def launch(kind: str, config, **options) -> str:
@@ -282,6 +278,14 @@ def test_activation_checkpointing_changes_no_number(runs, tmp_path):
     run = run_processes(program)
     assert run.returncode == 0, run.stdout + run.stderr
     assert_same_run(config, whole, 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_compiled_models_change_no_number_but_for_rounding(runs, tmp_path, kind):
+    config = replace(runs[kind, 1], compile_models=True, output_dir=str(tmp_path / "run"))
+    launch(kind, config)
+    assert_same_run(config, finished(runs, kind, 1), 1e-3)
 
 
 # --- what goes wrong

@@ -1,11 +1,12 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import student_with_dropout
+from helpers import json_lines, student_with_dropout
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdkit.compare import compare, main
@@ -39,12 +40,13 @@ def by_hand(student, teacher, rows, per_token):
     return total / count
 
 
-def test_evaluation_of_a_teacher_worse_than_the_student_prints_a_warning(setting):
+def test_evaluation_before_the_first_step_says_what_is_unusual(setting):
     config, rows, student, teacher = setting
-    usual, exchanged = (
-        describe_metrics(evaluate(*pair, rows, config, pad_token_id=2), step=0)
-        for pair in ((student, teacher), (teacher, student))
-    )
+    metrics = [evaluate(*pair, rows, config, pad_token_id=2) for pair in ((student, teacher), (teacher, student))]
+    usual, exchanged = (describe_metrics(each, step=0, vocab_size=1024) for each in metrics)
+    worse_than_chance = metrics[0] | {"eval/ce_loss": 8.0}  # ln 1024 is 6.9
+    assert "CE is above 6.9, that of 1,024 equally likely tokens" in describe_metrics(worse_than_chance, 0, 1024)
+    assert "note" not in usual and "note" not in describe_metrics(worse_than_chance, 1, 1024)
     assert usual.startswith("step 0      held-out CE: student 6.") and "warning" not in usual
     assert "warning  the teacher is worse" in exchanged
 
@@ -125,11 +127,11 @@ def test_comparison_prints_the_logged_metrics_and_writes_curves(small, tmp_path,
     capsys.readouterr()
     main(runs)
     printed = capsys.readouterr().out
-    assert "CE only" in printed and "distilled" in printed and "acceptance" in printed
+    assert f"{runs[0]}: CE " in printed and f"{runs[1]}: forward_kl(T=1) " in printed and "in fp32" in printed
     assert (tmp_path / "kd" / "curves.png").read_bytes()[:4] == b"\x89PNG"
     # the numbers in the table are those that the run logged last
     last = json.loads((tmp_path / "kd" / "metrics.jsonl").read_text().splitlines()[-1])
-    row = next(line for line in printed.splitlines() if "distilled" in line)
+    row = next(line for line in printed.splitlines() if "forward_kl" in line)
     assert f"{last['eval/ce_loss']:.3f}" in row and f"{last['eval/kl_t1']:.3f}" in row
 
 
@@ -150,6 +152,26 @@ def test_comparison_of_heads_of_two_sizes_gives_the_logged_numbers(small, tmp_pa
     table = compare([config.output_dir])
     numbers = [line.split(" M ")[1].split()[0] for line in table.splitlines() if " M " in line]
     assert numbers == [f"{last['eval/teacher_ce_loss']:.3f}", f"{last['eval/ce_loss']:.3f}"]
+
+
+def test_sample_of_a_conversation_is_its_whole_prompt_and_no_setting_of_the_student_changes_it(small, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    turns = [("user", "what is a list?"), ("assistant", "a sequence of items")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    data = json_lines(tmp_path / "chats.jsonl", *[{"messages": messages}] * 60)
+    config = small(dataset=str(data), chat_template=str(template), max_steps=1)
+    train(config)
+    printed = compare([config.output_dir])
+    assert "continues '<user>what is a list?<eos><assistant>':" in printed.replace(
+        load_tokenizer(config).eos_token, "<eos>"
+    )
+    path = Path(config.output_dir, "final", "generation_config.json")
+    path.write_text(json.dumps({"do_sample": True, "repetition_penalty": 9.0, "temperature": 5.0, "max_new_tokens": 3}))
+    assert compare([config.output_dir]) == printed
 
 
 def test_comparison_of_a_folder_without_a_run_names_the_missing_file(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from kdkit.config import UsageError
 from kdkit.models import ASSETS
-from kdkit.running.hub import explain
+from kdkit.running.hub import explained
 
 COMMIT = "c" * 40
 CARD = """---
@@ -143,10 +143,11 @@ def test_reason_in_a_wrapped_error_is_found_at_any_depth(depth):
             raise RuntimeError("wrapped") from error
         except RuntimeError as wrapped:
             error = wrapped
-    explained = explain("dataset", "x", error, "y")
-    assert isinstance(explained, UsageError) and "does not fit on the disk" in str(explained)
+    with pytest.raises(UsageError, match="dataset x does not fit on the disk"), explained("dataset", "x", "try y"):
+        raise error
 
 
 def test_unknown_reason_is_quoted_with_the_remedy():
-    error = explain("dataset", "x", ValueError("odd\nlong"), "try y")
-    assert str(error) == "dataset x could not be loaded: odd (try y)"
+    with pytest.raises(UsageError) as error, explained("dataset", "x", "try y"):
+        raise ValueError("odd\nlong")
+    assert str(error.value) == "dataset x could not be loaded: odd (try y)"

@@ -17,6 +17,7 @@ from kdkit.losses import (
     in_buckets,
     jsd,
     kd_loss,
+    neg_log_acceptance,
     reverse_kl,
     skew_kl,
     skew_reverse_kl,
@@ -47,8 +48,8 @@ def test_divergence_of_identical_models_is_zero_and_has_no_gradient(name, temper
     value = DIVERGENCES[name](logits, logits.detach() + 3.0, temperature)  # the softmax ignores a constant
     value.sum().backward()
     assert value.abs().max() < 1e-14
-    # The total variation has a kink at p = q: rounding decides the sign of q - p, and with it the gradient.
-    assert name == "total_variation" or logits.grad.abs().max() < 1e-14
+    # Those of the overlap have a kink at p = q: rounding decides the sign of q - p, and with it the gradient.
+    assert name in ("total_variation", "neg_log_acceptance") or logits.grad.abs().max() < 1e-14
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -61,6 +62,7 @@ def test_divergence_of_identical_models_is_zero_and_has_no_gradient(name, temper
         ("skew_kl", -math.log(0.1)),
         ("skew_reverse_kl", -math.log(0.1)),
         ("total_variation", 1.0),
+        ("neg_log_acceptance", math.inf),
     ],
 )
 def test_divergence_of_different_models_is_positive_and_within_its_range(name, largest, temperature):
@@ -77,6 +79,7 @@ def test_divergence_of_different_models_is_positive_and_within_its_range(name, l
         ("forward_kl", {}, 0.5 * LOG2 - 0.25 * LOG2),
         ("reverse_kl", {}, -0.25 * LOG2 + 0.5 * LOG2),
         ("total_variation", {}, 0.25),
+        ("neg_log_acceptance", {}, -math.log(0.75)),
         ("jsd", {}, 0.5 * (mixed_kl(P, Q, 0.5) + mixed_kl(Q, P, 0.5))),
         ("jsd", {"beta": 0.25}, 0.25 * mixed_kl(P, Q, 0.25) + 0.75 * mixed_kl(Q, P, 0.75)),
         ("skew_kl", {}, mixed_kl(P, Q, 0.1)),
@@ -118,7 +121,8 @@ def analytic_gradient(name: str, z: torch.Tensor, t: torch.Tensor, temperature: 
         g = q * ((q / m).log() - 0.1 * q / m)
         return (g - q * total(g)) / temperature
     s = (q - p).sign() / 2
-    return q * (s - total(q * s)) / temperature
+    accepted = total(torch.minimum(p, q)) if name == "neg_log_acceptance" else 1
+    return q * (s - total(q * s)) / accepted / temperature
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -140,6 +144,20 @@ def test_jsd_and_skewed_kl_equal_the_kl_in_the_limits_of_beta_and_skew():
     assert jsd(z, t, beta=1e-7).max() < 1e-5  # our convention: the JSD tends to 0 at both ends, without a jump to a KL
     overlap = torch.minimum(z.softmax(-1), t.softmax(-1)).sum(-1)
     torch.testing.assert_close(total_variation(z, t), 1 - overlap)  # one minus the acceptance rate
+    torch.testing.assert_close(neg_log_acceptance(z, t), -overlap.log())
+
+
+def test_neg_log_acceptance_of_models_that_hardly_overlap_is_finite_and_still_pulls():
+    """The overlap is e^-200, which is 0 in fp32: the total variation has lost its gradient there."""
+    z, t = torch.tensor([200.0, 0.0, -99.0]).requires_grad_(), torch.tensor([0.0, 200.0, -99.0])
+    value = neg_log_acceptance(z, t)
+    value.backward()
+    assert value.item() == pytest.approx(200 - LOG2, rel=1e-6)  # min(p, q) is e^-200 for each of two tokens
+    torch.testing.assert_close(z.grad, torch.tensor([0.5, -0.5, 0.0]))
+    total_variation(z, t).backward()
+    torch.testing.assert_close(z.grad, torch.tensor([0.5, -0.5, 0.0]))  # it adds 0
+    label = torch.full((3,), -1e9).index_fill(0, torch.tensor(2), 0.0)  # a sure teacher: the cross-entropy
+    torch.testing.assert_close(neg_log_acceptance(randn(3), label.double()), -randn(3).log_softmax(0)[2])
 
 
 def random_batch(batch: int = 8, seq: int = 6, vocab: int = 13, seed: int = 0):

@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from kdkit.config import UsageError
-from kdkit.data import collate
+from kdkit.data import collate, load_rows
+from kdkit.losses import forward_kl
 from kdkit.models import (
     ASSETS,
     BodyAndHead,
@@ -37,6 +38,7 @@ from kdkit.models import (
     teacher_dtype,
     teacher_fingerprint,
 )
+from kdkit.models import cut as cutting
 from kdkit.train import train
 
 TEACHER = ASSETS / "embedded_teacher"
@@ -82,6 +84,39 @@ def test_student_of_layers_has_the_teachers_weights_and_ties(layers, kept):
     assert all(parameter.requires_grad for parameter in student.parameters())
     if layers == 4:  # all of them
         torch.testing.assert_close(student(**BATCH).logits, teacher(**BATCH).logits, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count, masked", [(1, False), (2, False), (3, False), (1, True)])
+def test_layers_by_kl_are_those_whose_absence_raises_the_kl_most_on_the_tokens_in_the_loss(small, count, masked):
+    config = small(student_layers=count, student_layers_by="kl", packing=False)
+    teacher, rows = load_teacher(dtype=torch.float32), load_rows(config, load_tokenizer(config))[0][:4]
+
+    def logits(model):
+        return torch.cat([model(input_ids=torch.tensor(row["input_ids"])[None]).logits[0] for row in rows])
+
+    without = [[layer for layer in range(4) if layer != absent] for absent in range(4)]
+    cut = [student_from_layers(teacher, layers).eval() for layers in without]  # they do not skip, but lack a layer
+    rises = torch.stack([forward_kl(logits(student), logits(teacher)) for student in cut])  # (4, N)
+    keep = torch.tensor([label != -100 for row in rows for label in row["labels"]])
+    if masked:  # only tokens for which the layer that matters least for all of them matters most
+        keep &= rises.argmax(0) == rises[:, keep].sum(1).argmin()
+        marks = iter(keep.tolist())
+        rows = [{**row, "labels": [x if next(marks) else -100 for x in row["labels"]]} for row in rows]
+    expected = sorted(rises[:, keep].sum(1).topk(count).indices.tolist())
+    student = load_student(config, teacher, [*rows, {"input_ids": [], "labels": None}])  # later rows are not used
+    assert keep.any() and not teacher.model.layers[0]._forward_hooks
+    for layer, origin in zip(student.model.layers, expected, strict=True):
+        torch.testing.assert_close(layer.state_dict(), teacher.model.layers[origin].state_dict(), rtol=0, atol=0)
+
+
+def test_all_ranks_keep_the_layers_that_rank_0_has_chosen(small, monkeypatch, capsys):
+    monkeypatch.setattr(cutting, "broadcast_object_list", lambda ours: ours.__setitem__(0, [1, 3]) or ours)
+    teacher, rows = load_teacher(dtype=torch.float32), [{"input_ids": [5, 6, 7], "labels": [6, 7, 8]}]
+    student = load_student(small(student_layers=2, student_layers_by="kl"), teacher, rows)
+    for layer, origin in zip(student.model.layers, [1, 3], strict=True):
+        torch.testing.assert_close(layer.state_dict(), teacher.model.layers[origin].state_dict(), rtol=0, atol=0)
+    assert "layers   1, 3 of the teacher" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layers", [0, 5, [0, 4], [2, 1], [1, 1], [], [-1, 2]])
@@ -202,6 +237,13 @@ def test_truncated_weights_are_named(folder):
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(UsageError, match=r"teacher_model .* broken safetensors file"):
         load_teacher(str(folder))
+
+
+def test_name_in_a_folder_that_exists_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UsageError, match="teacher_model runs/mine does not exist"):
+        load_teacher("runs/mine")
 
 
 def test_refusal_of_the_hub_is_explained_in_one_line(monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from kdkit.data import Rows, collate, load_rows
 from kdkit.losses import IGNORE_INDEX, reverse_kl
 from kdkit.models import BodyAndHead, load_student, load_teacher, load_tokenizer
 from kdkit.on_policy import Draw, OwnText, is_on_policy, own_text_metrics
+from kdkit.running.devices import start_accelerator
 from kdkit.running.tracking import read_metrics
 from kdkit.teachers import OnlineTeacher
 from kdkit.train import train
@@ -117,6 +119,7 @@ def test_entries_that_no_token_has_are_not_drawn(small, tokenizer, student):
     )
     labels = torch.tensor([label for row in made for label in row["labels"] if label != IGNORE_INDEX])
     assert labels.max() < 900 and len(labels) > 500
+    assert (labels == 899).sum() < 20  # their probability does not go to the last entry, either
 
 
 def test_writing_is_without_dropout_or_gradient_and_leaves_the_student_as_it_was(
@@ -184,6 +187,27 @@ def test_share_of_steps_is_on_policy_by_a_coin_that_ranks_share(small):
     assert 250 < sum(steps) < 350
     assert all(is_on_policy(on_policy(small), step) for step in range(1, 100))
     assert not any(is_on_policy(small(), step) for step in range(1, 100))
+    config = on_policy(small, on_policy=0.5, max_steps=6, logging_steps=1)
+    taken = [event["train/on_policy"] for event in train(config) if "train/on_policy" in event]
+    assert taken == [is_on_policy(config, step) for step in range(1, 7)] and 0 < sum(taken) < 6
+
+
+def test_row_is_no_longer_than_max_length(small, tokenizer, student):
+    labels = [IGNORE_INDEX] * 45 + [7, 8, 9]  # a prompt of 46 tokens, and 12 more are written
+    row = {"input_ids": list(range(50, 98)), "labels": labels}
+    (made,) = writer(on_policy(small), tokenizer, texts=False, ends=[1023]).rows(student, [row], [0], 1)
+    assert [len(values) for values in made.values()] == [48, 48, 48]
+    assert made["labels"][:45] == [IGNORE_INDEX] * 45 and IGNORE_INDEX not in made["labels"][45:]
+
+
+def test_student_writes_in_the_precision_in_which_it_is_trained(small, tokenizer, student, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    dtypes = set()
+    student.model.lm_head.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    own_text = writer(on_policy(small), tokenizer)
+    own_text.accelerator = start_accelerator()
+    own_text.rows(student, prompts(9), [1], 1)
+    assert dtypes == {torch.bfloat16}
 
 
 def test_teacher_on_its_own_text_has_nothing_to_learn(small, tmp_path):
@@ -203,6 +227,12 @@ def test_own_text_that_is_only_evaluated_on_is_not_in_the_training_log(small):
     events = train(small(eval_own_text=True, max_new_tokens=8, max_steps=1))
     assert "eval/own_kl" in events[0]
     assert not any(key.startswith("train/") and ("own" in key or "writing" in key) for key in events[1])
+
+
+def test_keys_of_the_metrics_are_those_of_the_documentation(small):
+    text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    events = train(on_policy(small, on_policy=0.5, max_steps=4, logging_steps=1, max_new_tokens=24))
+    assert {key for event in events for key in event} == set(re.findall(r"`((?:train|eval)/\w+)`", text))
 
 
 def test_run_killed_while_it_writes_resumes_to_the_same_numbers(small, monkeypatch):

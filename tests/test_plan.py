@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config
 
 from kdkit import fused, plan, train
 from kdkit.config import DistillConfig, UsageError
@@ -170,7 +170,8 @@ def test_stored_targets_leave_only_the_head_of_the_teacher(small, pair, targets,
 
 
 def test_student_of_layers_of_the_teacher_and_recomputed_activations(small, pair):
-    whole, cut = (small(student_layers=layers, max_length=256, **pair) for layers in (4, 2))
+    pair = {"teacher_model": pair["teacher_model"], "max_length": 256}
+    whole, cut = (small(student_layers=layers, **pair) for layers in (4, 2))
     assert 0.4 < part("activations", cut) / part("activations", whole) < 0.8  # the head has its own
     more = replace(whole, batch_size=32)
     assert part("activations", replace(more, gradient_checkpointing=True)) < 0.5 * part("activations", more)
@@ -182,6 +183,13 @@ def test_loss_has_the_chunks_of_a_gpu(small, pair, monkeypatch):
     monkeypatch.setitem(fused.CHUNK_TOKENS, "gpu", fused.CHUNK_TOKENS["gpu"] + 512)
     logits = 2 * 512 * 4096 * 4  # bytes: models, tokens, vocabulary, fp32
     assert part("activations", config) - before == pytest.approx(logits, rel=0.05)
+
+
+@pytest.mark.parametrize("role", ["teacher_model", "student_model"])
+def test_model_of_another_kind_is_named_in_one_line(small, pair, tmp_path, role):
+    T5Config().save_pretrained(tmp_path / "t5")
+    with pytest.raises(UsageError, match=rf"^{role} .*t5 .*T5Config.*give a causal language model\)$"):
+        measure(small(**{**pair, role: str(tmp_path / "t5")}), CPU)
 
 
 def test_model_that_reads_data_is_named_in_one_line(small, pair, monkeypatch):
@@ -264,6 +272,7 @@ def test_help_shows_the_flags_of_the_plan(capsys):
         (["--gpu", "h1000"], "argument --gpu: invalid choice: 'h1000' (choose from"),
         (["--teacher_model", "{folder}"], "teacher_model {folder} could not be loaded"),
         (["--accelerate_config", "{folder}/x.yaml"], "No such file or directory: '{folder}/x.yaml'"),
+        (["--accelerate_config", "{folder}/list.yaml"], "list.yaml has no lines of `key: value`"),
         (["--gpus", "many"], "argument --gpus"),
         (["--gpus", "0"], "0 ranks: expected"),
         (["--memory", "-3"], "--memory -3, --mfu 0.4"),
@@ -275,6 +284,7 @@ def test_help_shows_the_flags_of_the_plan(capsys):
 def test_mistakes_are_one_line(tmp_path, arguments, message):
     names = {"folder": tmp_path, "root": ROOT}
     (tmp_path / "config.json").write_text("{")
+    (tmp_path / "list.yaml").write_text("- num_processes: 2")
     with pytest.raises(SystemExit) as error:
         plan.main([argument.format(**names) for argument in arguments])
     assert str(error.value).startswith("kdkit: ") and message.format(**names) in str(error.value)

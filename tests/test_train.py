@@ -13,6 +13,7 @@ import nbformat
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers import arguments
 from nbdev.export import nb_export
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -163,6 +164,29 @@ def test_gradient_checkpointing_gives_the_same_run(small, monkeypatch, precision
     assert runs[0] == runs[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields", [{"gradient_checkpointing": True}, {"packing": False}, {"on_policy": 0.5, "max_new_tokens": 8},
+               {"teacher_placement": "offload"}], ids=str
+)  # fmt: skip
+def test_compiled_models_give_the_same_run_but_for_rounding(small, monkeypatch, fields):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    events, compiled, original = {}, [], torch.nn.Module.compile
+
+    def compile(layer, **options):
+        compiled.append(type(layer).__name__)
+        original(layer, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    for wanted in (False, True):
+        config = small(compile_models=wanted, output_dir=f"{small().output_dir}{wanted}", max_steps=2, **fields)
+        events[wanted] = train(config)
+    assert compiled == ["LlamaDecoderLayer"] * 6
+    for event, other in zip(*events.values(), strict=True):
+        for key in event.keys() - {"train/tokens_per_second", "train/writing_time"}:
+            assert event[key] == pytest.approx(other[key], rel=1e-4), key
+
+
 def test_gradient_checkpointing_keeps_less_for_the_backward_pass(small):
     kept = []
     for recompute in (False, True):
@@ -304,9 +328,38 @@ def test_invalid_argument_ends_the_command_with_one_line_and_writes_no_file(tmp_
 def test_run_prints_its_settings_before_the_first_step(small, capsys):
     train(small(alpha=0.3, temperature=2.0, gradient_accumulation_steps=3, batch_size=2, max_steps=1))
     printed = capsys.readouterr().out
-    for words in ("2.43 M parameters, frozen", "0.53 M parameters, from random weights", "loss = 0.3 * CE + 0.7 * 2^2",
+    for words in ("2.43 M parameters\n", "0.53 M parameters, from random weights", "loss = 0.3 * CE + 0.7 * 2^2",
                   "2 rows x 3 micro-batches x 1 ranks = 6 rows", "metrics.jsonl", "final"):  # fmt: skip
         assert words in printed, words
+
+
+def test_device_out_of_memory_is_one_line_that_says_what_to_lower(small, monkeypatch):
+    def train(config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    monkeypatch.setattr(importlib.import_module("kdkit.train"), "train", train)
+    with pytest.raises(SystemExit) as end:
+        main(arguments(small()))
+    message = str(end.value)
+    assert message.startswith("kdkit: the device is out of memory") and "\n" not in message
+    assert all(name in message for name in ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing"))
+
+
+def test_ddp_keeps_no_second_copy_of_the_gradients():
+    assert start_accelerator().ddp_handler.gradient_as_bucket_view
+
+
+@pytest.mark.parametrize("at, said", [(1, "starts over"), (3, "resumes from step_00000002")])
+def test_interrupted_run_says_from_where_it_goes_on(small, monkeypatch, at, said):
+    module = importlib.import_module("kdkit.train")
+
+    def interrupt(what, numbers, batches, step, *rest):
+        if (what, step) == ("step", at):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "stop_if_not_finite", interrupt)
+    with pytest.raises(SystemExit, match=f"^kdkit: interrupted. The same command {said}$"):
+        main(arguments(small(max_steps=4, save_steps=2)))
 
 
 def test_demo_opens_no_network_connection(tmp_path):

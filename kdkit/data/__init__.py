@@ -2,7 +2,6 @@
 # ruff: noqa: F401, I001
 
 from kdkit.data.batches import (
-    Rows, Steps, collate, count_tokens, describe_rows, empty_row, is_packed, load_rows, loss_tokens, pack, row_lengths,
-    rows_digest, settle_packing,
+    DATA_FIELDS, Rows, Steps, collate, count_tokens, describe_rows, empty_row, is_packed, load_rows, loss_tokens, pack,
+    row_lengths, rows_digest, settle_packing,
 )  # fmt: skip
-from kdkit.data.show import main

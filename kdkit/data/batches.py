@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from filelock import FileLock
 from tqdm import tqdm
@@ -23,7 +24,6 @@ from kdkit.data.chat import tokenize
 from kdkit.data.sources import Source, documents_of, open_sources
 from kdkit.losses import IGNORE_INDEX
 from kdkit.running.files import publish
-from kdkit.running.hub import explain
 
 KEYS = ("input_ids", "labels", "position_ids")
 REMARKS = {  # of kdkit.data.chat on conversations
@@ -32,6 +32,7 @@ REMARKS = {  # of kdkit.data.chat on conversations
     "per_turn": "a sample for each turn, as the chat template renders a turn in another way when others follow",
 }
 PACK_TOKENS = 2**22  # tokens that are packed together: enough to fill the rows well, few enough for memory
+DATA_FIELDS = [field.name for field in dataclasses.fields(DataFields) if not field.metadata.get("may_change")]
 CACHE_VERSION = 5  # increase it when the same data and settings give other rows
 
 
@@ -49,10 +50,6 @@ class Rows(Sequence):
             return rows
         return cls(pa.table({key: pa.array([row[key] for row in rows], pa.list_(pa.int32())) for key in KEYS}))
 
-    def parts(self, key: str) -> list[np.ndarray]:
-        """Return the values of all rows, in several arrays."""
-        return [chunk.flatten().to_numpy() for chunk in self.table[key].chunks]
-
     def __len__(self) -> int:
         return len(self.table)
 
@@ -64,12 +61,12 @@ class Rows(Sequence):
 
 def row_lengths(rows: Sequence[dict]) -> np.ndarray:
     """Return the number of tokens of each row."""
-    return np.concatenate([np.diff(chunk.offsets) for chunk in Rows.of(rows).table["labels"].chunks])
+    return pc.list_value_length(Rows.of(rows).table["labels"]).to_numpy()
 
 
 def loss_tokens(rows: Sequence[dict]) -> np.ndarray:
     """Return the number of tokens in the loss of each row."""
-    in_loss = np.concatenate([labels != IGNORE_INDEX for labels in Rows.of(rows).parts("labels")])
+    in_loss = pc.not_equal(pc.list_flatten(Rows.of(rows).table["labels"]), IGNORE_INDEX).to_numpy()
     return np.add.reduceat(in_loss, np.cumsum(row_lengths(rows)) - row_lengths(rows), dtype=np.int64)
 
 
@@ -80,14 +77,16 @@ def count_tokens(rows: Sequence[dict]) -> int:
 
 def is_packed(rows: Sequence[dict]) -> bool:
     """Return whether a row has several documents: positions start at 0 in each."""
-    return sum(int((positions == 0).sum()) for positions in Rows.of(rows).parts("position_ids")) > len(rows)
+    is_start = pc.equal(pc.list_flatten(Rows.of(rows).table["position_ids"]), 0)
+    return pc.sum(is_start).as_py() > len(rows)
 
 
 def rows_digest(rows: Sequence[dict]) -> str:
     """Return a hash of the content and the order of rows."""
     digest = hashlib.sha256(row_lengths(rows).tobytes())
-    for part in (part for key in KEYS for part in Rows.of(rows).parts(key)):
-        digest.update(part)
+    for key in KEYS:
+        for chunk in pc.list_flatten(Rows.of(rows).table[key]).chunks:
+            digest.update(chunk.to_numpy())
     return digest.hexdigest()
 
 
@@ -126,9 +125,9 @@ def load_rows(config: DistillConfig, tokenizer) -> tuple[Rows, Rows]:
             )
         rows = _cached_rows(source, config, tokenizer)
         if not rows:
-            said = f"has nothing {purpose} ({describe_rows(rows, config)}): give more data"
             more = f", another eval_fraction (now {source.held_out:g}), or an eval_split" if source.held_out else ""
-            raise UsageError(f"{source.name} {said}{more}")
+            said = describe_rows(rows, config)
+            raise UsageError(f"{source.name} has nothing {purpose} ({said}): give more data{more}")
         found.append(rows)
     return tuple(found)
 
@@ -162,8 +161,7 @@ def cache_folder(source: Source, config: DistillConfig, tokenizer) -> Path:
     import datasets
 
     ignored = ("eval_", "max_eval_") if source.part == "train" else ()  # these do not change the training rows
-    names = [field.name for field in dataclasses.fields(DataFields) if not field.metadata.get("may_change")]
-    fields = {name: getattr(config, name) for name in names if not name.startswith(ignored)}
+    fields = {name: getattr(config, name) for name in DATA_FIELDS if not name.startswith(ignored)}
     fields["packing"] = config.packing is not False
     model = sorted(tokenizer.get_vocab().items())
     if tokenizer.is_fast:
@@ -192,7 +190,8 @@ def _cached_rows(source: Source, config: DistillConfig, tokenizer) -> Rows:
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise explain("the cache of", source.name, error, f"{folder.parent} has to be writable") from error
+        remedy = "make room, or set HF_HOME to a larger disk"
+        raise UsageError(f"the cache {folder.parent} cannot be written ({error}): {remedy}") from error
     table = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow"))).read_all()
     return Rows(table, json.loads((folder / "counts.json").read_text()))
 

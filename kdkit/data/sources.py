@@ -8,16 +8,16 @@ import itertools
 import os
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdkit.config import DistillConfig, UsageError
 from kdkit.data.records import Document, json_object, read_document
-from kdkit.running.hub import explain, loading_errors, split_revision
+from kdkit.running.hub import explained, split_revision
 
 BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 EMBEDDED = Path(__file__).parents[1] / "assets" / "python_docs"  # written by recipes/make_python_docs.py
-BATCH = 1000  # samples that are read together, which is much faster than one by one
 
 
 class Source(NamedTuple):
@@ -67,7 +67,7 @@ def _open(config: DistillConfig, part: str, held_out: float | None, field: str, 
 
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # otherwise it contacts a server, even for a local file
     shown = f"{field} {name}, split {split}"
-    try:
+    with _explained(field, name):
         # dataset_config belongs to dataset, not to another eval_dataset
         builder, json_lines = _builder(field, name, config.dataset_config if name == config.dataset else None)
         files = {str(split): list(found) for split, found in (builder.config.data_files or {}).items()}
@@ -80,10 +80,6 @@ def _open(config: DistillConfig, part: str, held_out: float | None, field: str, 
         read = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
         first = next((sample for sample in samples if not json_lines or sample["text"].strip()), {})
         found = list(json_object(first["text"]) if json_lines and first else first)
-    except UsageError:
-        raise
-    except loading_errors() as error:
-        raise _explain(field, name, error) from error
     if not found:
         raise UsageError(f"{shown} is empty: give another one, or another split")
     formats = [
@@ -109,16 +105,12 @@ def _open(config: DistillConfig, part: str, held_out: float | None, field: str, 
 
 
 def _identity(file: str) -> str:
-    """Return what a file and a copy of it share: its size, and a hash of its first and last MiB."""
+    """Return what a file and a copy of it share: its size, and a hash of its first MiB."""
     if not os.path.isfile(file):  # on the hub: its address
         return file
     with open(file, "rb") as opened:
-        size = opened.seek(0, os.SEEK_END)
-        opened.seek(0)
         digest = hashlib.sha256(opened.read(2**20))
-        opened.seek(max(size - 2**20, 0))
-        digest.update(opened.read())
-    return f"{size}/{digest.hexdigest()}"
+    return f"{os.path.getsize(file)}/{digest.hexdigest()}"
 
 
 def _builder(field: str, name: str, dataset_config: str | None) -> tuple[Any, bool]:
@@ -130,13 +122,9 @@ def _builder(field: str, name: str, dataset_config: str | None) -> tuple[Any, bo
     from datasets import Features, Value, load_dataset_builder
     from pandas import RangeIndex, read_csv
 
-    path = Path(name).expanduser()
-    if name == "embedded":
-        return load_dataset_builder(
-            "parquet", data_files={s: f"{EMBEDDED}/{s}.parquet" for s in ("train", "test")}
-        ), False
+    path = EMBEDDED if name == "embedded" else Path(name)
     if not path.exists():
-        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix.lower() in BUILDERS:
+        if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix.lower() in BUILDERS:
             raise UsageError(f'{field} {name} does not exist: give a file, a folder, a hub id, or "embedded"')
         hub_id, revision = split_revision(name)
         return load_dataset_builder(hub_id, dataset_config, revision=revision), False
@@ -166,20 +154,20 @@ def _builder(field: str, name: str, dataset_config: str | None) -> tuple[Any, bo
     return builder, False
 
 
-def _explain(field: str, name: str, error: Exception) -> UsageError:
+@contextmanager
+def _explained(field: str, name: str) -> Iterator[None]:
     """Explain why a dataset cannot be read, and name a file that is not in UTF-8."""
-    path = Path(name).expanduser()
-    for file in [path, *sorted(path.rglob("*"))] if path.exists() else []:
-        if BUILDERS.get(file.suffix.lower(), "parquet") != "parquet":
-            try:
-                file.read_bytes().decode()
-            except UnicodeDecodeError as found:
-                remedy = "convert it with `iconv -t UTF-8 -f LATIN1` (or -f UTF-16)"
-                return UsageError(f"{field} {file} is not UTF-8 ({found}): {remedy}")
-    while type(error).__name__ == "DatasetGenerationError" and error.__cause__:
-        error = error.__cause__
     remedy = "files need the same columns, and JSON Lines one object per line; see --dataset_config and --dataset_split"
-    return explain(field, name, error, remedy)
+    try:
+        with explained(field, name, remedy):
+            yield
+    except UsageError as error:
+        path = Path(name)
+        for file in [path, *sorted(path.rglob("*"))] if error.__cause__ and path.exists() else []:
+            if BUILDERS.get(file.suffix.lower(), "parquet") != "parquet":
+                with explained(field, file, remedy):
+                    file.read_bytes().decode()
+        raise
 
 
 def documents_of(source: Source) -> Iterator[Document]:
@@ -206,16 +194,11 @@ def documents_of(source: Source) -> Iterator[Document]:
     else:
         rows = [row for row in range(len(samples)) if wanted(row)]
         random.Random(0).shuffle(rows)
-        batches = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
-        numbered = (row for batch in batches for row in zip(batch, samples.__getitems__(batch), strict=True))
-    try:
+        numbered = zip(rows, samples.select(rows), strict=True)
+    with _explained(*source.name.rpartition(", split ")[0].split(" ", 1)):
         for row, sample in numbered:
             if not source.json_lines or sample["text"].strip():
                 yield _document(sample, row, source)
-    except UsageError:
-        raise
-    except loading_errors() as error:
-        raise _explain(*source.name.rpartition(", split ")[0].split(" ", 1), error) from error
 
 
 def _document(sample: dict, row: int, source: Source) -> Document:

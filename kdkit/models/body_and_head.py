@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from kdkit.config import UsageError
 
@@ -39,13 +40,23 @@ class BodyAndHead(nn.Module):
         self.context = context if context and context > 0 else None  # None: unlimited
         self.num_parameters = count_parameters(model)
         self.training = model.training  # otherwise a new module is in train mode
-        self._no_split_modules = model._no_split_modules  # FSDP shards each of these (the decoder layers) separately
+        self._no_split_modules = model._no_split_modules  # the classes of decoder layers; accelerate reads it
         self.packs = True  # documents that share a row do not see each other
         self.logit_scale, self.soft_cap = 1.0, None
 
     def tie_weights(self) -> None:
         """Tie embedding and head again: FSDP calls it after it has replaced parameters."""
         self.model.tie_weights()
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, which FSDP shards one by one."""
+        return [module for module in self.modules() if type(module).__name__ in (self._no_split_modules or [])]
+
+    def compile_layers(self) -> None:
+        """Compile each decoder layer in its place: all of them share one compilation, for any number of tokens."""
+        for layer in self.layers:
+            layer.compile(dynamic=True)
 
     def recompute_activations(self) -> None:
         """Keep only the input of each decoder layer for the backward pass, which then runs the layer again."""
@@ -93,8 +104,6 @@ class BodyAndHead(nn.Module):
 @contextmanager
 def _documents_known(batch: dict, packs: bool) -> Iterator[None]:
     """Tell transformers whether rows have several documents. It would ask the GPU, and the host would wait for that."""
-    from transformers import masking_utils
-
     if "cu_seq_lens" not in batch:  # made by hand: transformers finds out
         yield
         return

@@ -1,18 +1,26 @@
 """Cut a student from its teacher: some of its decoder layers, with its embedding, norm and head."""
 
 import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from kdkit.config import UsageError
+from kdkit.losses import IGNORE_INDEX, forward_kl
 from kdkit.running.hub import first_line
 
+ROWS, CHUNK = 4, 256  # rows of the training text that layers are chosen on; tokens whose KL is computed at once
 
-def student_from_layers(teacher: nn.Module, layers: list[int] | int) -> nn.Module:
-    """Copy a transformers causal language model with some of its decoder layers, in fp32.
 
-    `layers` are rising indices, or a number of layers, which are spread evenly with the first and the last kept.
+def student_from_layers(teacher: nn.Module, layers: list[int] | int, rows: Sequence[dict] | None = None) -> nn.Module:
+    """Copy a transformers causal language model with some of its decoder layers, in fp32. Called by all ranks.
+
+    `layers` are rising indices, or a number of layers, which are spread evenly with the first and the last kept, or
+    with the `rows` of the training text chosen by `layers_by_kl`.
     Raises a UsageError unless the student computes what the teacher does when its other layers are skipped.
     """
     depth, given = teacher.config.get_text_config().num_hidden_layers, layers
@@ -22,6 +30,12 @@ def student_from_layers(teacher: nn.Module, layers: list[int] | int) -> nn.Modul
         raise UsageError(f"student_layers is {given}: give a number from 1 to {depth}, or rising indices below {depth}")
     if any(parameter.element_size() < 2 for parameter in teacher.parameters()):
         raise UsageError("student_layers needs a teacher that is not quantised: give its original as --teacher_model")
+    if rows is not None:
+        chosen, state = [layers], PartialState()
+        if state.is_main_process:  # with FSDP the only one with weights; ranks on other devices might choose others
+            chosen = [layers_by_kl(teacher, len(layers), rows[:ROWS], state.device)]
+        (layers,) = broadcast_object_list(chosen)
+        state.print(f"layers   {', '.join(map(str, layers))} of the teacher: without one of them, the KL rises most")
     try:
         student = _cut(teacher, layers, teacher.dtype)
         if not teacher.get_output_embeddings().weight.is_meta:
@@ -32,6 +46,43 @@ def student_from_layers(teacher: nn.Module, layers: list[int] | int) -> nn.Modul
         what = f"student_layers cannot cut a {type(teacher).__name__} to the layers {layers} ({first_line(error)})"
         raise UsageError(f"{what}: keep others, or give a model of this family as --student_model") from error
     return student.train()
+
+
+@torch.no_grad()
+def layers_by_kl(teacher: nn.Module, count: int, rows: Sequence[dict], device: torch.device) -> list[int]:
+    """Return the `count` layers whose absence alone raises KL(teacher || teacher without it) most, in their order.
+
+    The KL is summed over the tokens in the loss of `rows`. The teacher runs on `device` as often as it has layers.
+    """
+    depth, home = teacher.config.get_text_config().num_hidden_layers, teacher.device
+    blocks = next(part for part in teacher.modules() if isinstance(part, nn.ModuleList) and len(part) == depth)
+    teacher.to(device)
+    rises = torch.zeros(depth, dtype=torch.float64)
+    for row in rows:
+        ids, labels = (torch.tensor(row[key], device=device) for key in ("input_ids", "labels"))
+        expected = teacher(input_ids=ids[None], use_cache=False).logits[0, labels != IGNORE_INDEX].split(CHUNK)
+        for index, block in enumerate(blocks):
+            with _without([block]):
+                logits = teacher(input_ids=ids[None], use_cache=False).logits[0, labels != IGNORE_INDEX].split(CHUNK)
+            rises[index] += sum(float(forward_kl(*both).sum()) for both in zip(logits, expected, strict=True))
+    teacher.to(home)
+    return sorted(rises.topk(count).indices.tolist())
+
+
+@contextmanager
+def _without(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Let each of these layers return its input."""
+
+    def skip(module, args, kwargs, output):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+    hooks = [block.register_forward_hook(skip, with_kwargs=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _cut(teacher: nn.Module, layers: list[int], dtype: torch.dtype) -> nn.Module:
@@ -87,20 +138,15 @@ def _compare(student: nn.Module, teacher: nn.Module, layers: list[int]) -> None:
         if wrong := [key for key, values in changed.items() if values != (layer, index)]:  # it may know its index
             raise ValueError(f"layer {layer} of the teacher would have another {min(wrong)}")
 
-    def skip(module, args, kwargs, output):
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
-
     skipped = [blocks[index] for index in range(len(blocks)) if index not in layers]
-    hooks = [block.register_forward_hook(skip, with_kwargs=True) for block in skipped]
     training, rows = teacher.training, len(teacher.get_output_embeddings().weight)
     ids = torch.linspace(0, rows - 1, 16, device=teacher.device).long()[None]
     try:
-        expected, logits = (model.eval()(input_ids=ids, use_cache=False).logits.float() for model in (teacher, student))
+        with _without(skipped):
+            both = [model.eval()(input_ids=ids, use_cache=False).logits.float() for model in (teacher, student)]
     finally:
         teacher.train(training)
-        for hook in hooks:
-            hook.remove()
+    expected, logits = both
     if (difference := (logits - expected).abs().max()) > 1e-3 * expected.abs().max():  # False for NaN
         raise ValueError(f"its logits would differ by {difference:.2g} from the teacher's without the other layers")
 

@@ -16,7 +16,7 @@ from transformers.utils import cached_file, logging
 from kdkit.config import DistillConfig, UsageError
 from kdkit.models.body_and_head import wrap
 from kdkit.models.cut import student_from_layers
-from kdkit.running.hub import explain, loading_errors, split_revision
+from kdkit.running.hub import explained, split_revision
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -27,6 +27,7 @@ def locate(name: str, role: str) -> tuple[str, str]:
         return str(ASSETS / f"embedded_{role}"), "main"
     path, revision = split_revision(os.path.expanduser(name))
     is_hub_id = path.count("/") < 2 and not path.startswith((".", "/", "~"))
+    is_hub_id &= "/" not in path or not Path(path).parent.is_dir()  # runs/mine, where runs/ exists
     if not is_hub_id and not Path(path).is_dir():
         raise UsageError(f"{role}_model {name} does not exist: give a model folder, a hub id, or embedded")
     return path, revision
@@ -37,13 +38,10 @@ def load_pretrained(auto_class, name: str, role: str, config: DistillConfig, **o
     logging.disable_progress_bar()  # the one for reading files; downloads still show one
     path, revision = locate(name, role)
     options |= {"revision": revision, "trust_remote_code": config.trust_remote_code}
-    try:
+    with explained(f"{role}_model", name, "give a model folder with safetensors files, or a hub id"):
         for file in Path(path).glob("*.safetensors"):  # reads the header, which shows a truncated file
             safe_open(file, "pt")
         return auto_class.from_pretrained(path, **options)
-    except loading_errors() as error:
-        remedy = "give a model folder with safetensors files, or a hub id"
-        raise explain(f"{role}_model", name, error, remedy) from error
 
 
 def load_model(name: str, role: str, config: DistillConfig, dtype: torch.dtype) -> nn.Module:
@@ -123,15 +121,24 @@ def load_teacher(name: str = "embedded", dtype=torch.bfloat16, config: DistillCo
     return load_model(name, "teacher", config or DistillConfig(), dtype).requires_grad_(False).eval()
 
 
-def load_student(config: DistillConfig, teacher) -> nn.Module:
+def load_student(config: DistillConfig, teacher, rows=None) -> nn.Module:
     """Load or make the student in train mode and in fp32: these are the master weights, autocast casts them to bf16.
 
-    `teacher`, which `student_layers` are cut from, is a transformers model or a teacher of `kdkit.teachers`.
+    `teacher`, which `student_layers` are cut from, is a transformers model or a teacher of `kdkit.teachers`. `rows` of
+    the training text are needed if `student_layers_by` is kl.
     """
     if config.student_layers is not None:
-        return student_from_layers(wrap(teacher).model, config.student_layers)
+        by_kl = config.student_layers_by == "kl"
+        assert rows is not None or not by_kl
+        return student_from_layers(wrap(teacher).model, config.student_layers, rows if by_kl else None)
     if config.student_is_pretrained:
         return load_model(config.student_model, "student", config, torch.float32).train()
-    options = {"attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
-    student = AutoModelForCausalLM.from_config(check_models(config)[-1], dtype=torch.float32, **options)
-    return record_tying(student).train()
+    attention = config.attn_implementation
+    return record_tying(from_config(check_models(config)[-1], "student", config, torch.float32, attention)).train()
+
+
+def from_config(model_config, role: str, config: DistillConfig, dtype: torch.dtype, attention: str | None) -> nn.Module:
+    """Make a causal language model with random weights; a UsageError if its config is of another kind of model."""
+    options = {"attn_implementation": attention, "trust_remote_code": config.trust_remote_code}
+    with explained(f"{role}_model", getattr(config, f"{role}_model"), "give a causal language model"):
+        return AutoModelForCausalLM.from_config(model_config, dtype=dtype, **options)

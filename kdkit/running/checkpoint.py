@@ -27,6 +27,7 @@ from kdkit.config import FIELDS, DistillConfig, RunStopped, UsageError
 from kdkit.running import files
 
 WRAPPERS = re.compile(r"^module\.|_checkpoint_wrapped_module\.|_orig_mod\.")  # what wrappers add to a name
+NO_OTHER_START = {"student_layers": "null", "student_random_init": "false"}
 REMEDY = "or start over with --resume never, which replaces that run"
 # torch.distributed.checkpoint warns about this at each call in a run on one rank
 warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
@@ -65,8 +66,11 @@ def find_checkpoint(config: DistillConfig, accelerator: Accelerator) -> Path | N
             free |= {"batch_size", "gradient_accumulation_steps"}
         changes = [f"{n} was {old[n]!r}, is {new[n]!r}" for n in new if old[n] != new[n] and n not in free]
         if changes:
-            what = f"{run_dir} holds a run of another configuration: {'; '.join(changes)}"
-            raise UsageError(f"{what}. Choose another --output_dir, {REMEDY}")
+            what, train_on = f"{run_dir} holds a run of another configuration: {'; '.join(changes)}", ""
+            if (run_dir / "final").is_dir():  # no value here may keep the new run from starting with its weights
+                unset = "".join(f" --{name} {value}" for name, value in NO_OTHER_START.items() if new[name])
+                train_on = f" (to train its student on, add --student_model {run_dir}/final{unset})"
+            raise UsageError(f"{what}. Choose another --output_dir{train_on}, {REMEDY}")
     if damaged:
         accelerator.print(f"note     {damaged}; resuming from {found.name}")
     if found:

@@ -22,14 +22,14 @@ class Tracker:
 
     def __init__(self, config: DistillConfig, step: int = 0, enabled: bool = True, watch: Callable | None = None):
         self.history, self.where = [], ""
-        self._watch, self._file, self._wandb = watch, None, None
+        self._watch, self._path, self._wandb = watch, None, None
         if not enabled:
             return
-        path = Path(config.output_dir) / "metrics.jsonl"
-        events = read_metrics(path) if step else []  # from step 0 on, the evaluation of step 0 is repeated, too
+        self._path = Path(config.output_dir) / "metrics.jsonl"
+        events = read_metrics(self._path) if step else []  # from step 0 on, the evaluation of step 0 is repeated, too
         self.history = [event for event in events if event.get("train/step", event.get("eval/step")) <= step]
-        files.write(path, "".join(json.dumps(event) + "\n" for event in self.history))
-        self._file, self.where = path.open("a", encoding="utf-8"), f"metrics  {path}"
+        files.write(self._path, "".join(json.dumps(event) + "\n" for event in self.history))
+        self.where = f"metrics  {self._path}"
         if config.use_wandb:
             self._call_wandb(self._start_wandb, config, step)
 
@@ -44,22 +44,20 @@ class Tracker:
 
     def _log(self, event: dict) -> None:
         self.history.append(event)
-        if self._file:
+        if self._path:
             try:
-                self._file.write(json.dumps(event) + "\n")
-                self._file.flush()
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(event) + "\n")
             except OSError as error:
                 remedy = "make room and run the same command again, which resumes"
-                raise RunStopped(f"{self._file.name} cannot be written ({error.strerror}): {remedy}") from error
+                raise RunStopped(f"{self._path} cannot be written ({error.strerror}): {remedy}") from error
         if self._wandb:
             self._call_wandb(self._wandb.log, event)
         if self._watch:
             self._watch(event)
 
     def finish(self) -> None:
-        """Close the file and the wandb run."""
-        if self._file:
-            self._file.close()
+        """Close the wandb run."""
         if self._wandb:
             self._call_wandb(self._wandb.finish)
 

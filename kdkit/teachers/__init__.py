@@ -9,6 +9,7 @@ The rest of the kit does not ask which of the two it has. A teacher has
     placement                        a line to print: where it is kept
     examine(rows, device)            asks it, where it runs, what the loss relies on: see kdkit.models.examination
     packs, soft_cap                  what it answered
+    compile_layers()                 compiles the model, if it runs
     model                            the transformers model, for a student that is cut from its layers
 """
 

@@ -47,8 +47,7 @@ class OnlineTeacher(BodyAndHead):
         elif several:
             # not accelerate's fsdp2_prepare_model: it would apply the student's mixed precision and offloading
             policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-            layers = [module for module in self.modules() if type(module).__name__ in (self._no_split_modules or [])]
-            for module in [*layers, self]:  # each decoder layer alone, then embedding, norm and head together
+            for module in [*self.layers, self]:  # each decoder layer alone, then embedding, norm and head together
                 fully_shard(module, offload_policy=policy)
         else:
             # Hooks copy a layer to the device when its forward is called. The head's is never called: it stays there.

@@ -11,7 +11,6 @@ A folder of targets has
 Shapes: N tokens in the loss, B rows of a batch, S tokens of a row, H hidden size, V vocabulary, K top-k.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -21,13 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kdkit.config import DataFields, DistillConfig, UsageError
-from kdkit.data import is_packed, loss_tokens, rows_digest
+from kdkit.config import DistillConfig, UsageError
+from kdkit.data import DATA_FIELDS, is_packed, loss_tokens, rows_digest
 from kdkit.losses import TopK
 from kdkit.models import check_models, load_teacher, teacher_fingerprint
 
 MODEL_FACTS = ("head_rows", "num_parameters", "context", "soft_cap")
-DATA_FIELDS = [field.name for field in dataclasses.fields(DataFields) if not field.metadata.get("may_change")]
 
 
 class StoredTeacher:
@@ -71,6 +69,9 @@ class StoredTeacher:
 
     def examine(self, rows, device: torch.device) -> list[str]:
         return []  # `python -m kdkit.targets` has examined the teacher
+
+    def compile_layers(self) -> None:
+        """There is nothing to compile."""
 
     @property
     def model(self) -> torch.nn.Module:
