@@ -17,7 +17,7 @@ installed = $(VENV)/.installed-$(1)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu real lint export lab notebooks outputs bench seeds teacher clean
+.PHONY: help demo test test-all test-gpu real lint export lab notebooks outputs handout bench seeds teacher clean
 .SECONDARY:
 
 help:  ## list the commands
@@ -72,6 +72,9 @@ notebooks: $(call installed,dev) $(call installed,notebook)  ## run every notebo
 
 outputs: $(call installed,dev) $(call installed,notebook)  ## run the notebooks and write their outputs, cleaned, into them
 	$(RUN) notebooks/run.py
+
+handout: $(call installed,notebook)  ## write handout/: the notebooks without the solutions of their exercises
+	$(RUN) notebooks/run.py --handout
 
 bench: $(call installed,peers)  ## measure the loss beside other libraries, and what each gets right (half an hour)
 	$(RUN) benchmarks/loss.py

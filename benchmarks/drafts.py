@@ -1,7 +1,7 @@
 """Compare students as drafts of the embedded teacher in speculative decoding, by what they were trained with.
 
-python benchmarks/drafts.py                 # 18 students, three seeds: 15 minutes; writes benchmarks/drafts.json
-python benchmarks/drafts.py --only real     # what drafting costs with models/smollm2-135m-instruct: ten minutes
+python benchmarks/drafts.py                 # 18 students, three seeds: half an hour; writes benchmarks/drafts.json
+python benchmarks/drafts.py --only real     # what drafting costs with models/smollm2-135m-instruct: half an hour
 python benchmarks/drafts.py --only table    # print the table of an earlier run
 """
 
@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from kdkit import load_config
-from kdkit.drafts import load_pair, measure, report
+from kdkit.drafts import load_pair, measure, rate_for, report
 from kdkit.train import train
 
 ARMS = {  # each with the fields and the steps of recipes/demo.yaml
@@ -36,8 +36,8 @@ REAL = [
     "--max_eval_tokens=400", "--max_length=128", "--batch_size=2", "--max_steps=40", "--use_wandb=false",
     "--packing=false", "--eval_steps=null", "--save_steps=null",
 ]  # fmt: skip
-LAYERS = (6, 12)
-COLUMNS = {"tau": ("{:.3f}", 1), "rate": ("{:.1f} %", 100), "speedup": ("{:.2f}", 1)}
+LAYERS, GAMMA = (6, 12), 4
+COLUMNS = {"tau": ("{:.3f}", 1), "rate": ("{:.1f} %", 100)}
 
 
 def trained(arguments: list[str], folder: str) -> dict:
@@ -57,7 +57,7 @@ def students(seeds: int, path: Path) -> None:
                 found = {"seconds": time.perf_counter() - since, "predicted": last["eval/acceptance_rate"]}
                 *pair, prompts = load_pair(run)
                 for kind in ("greedy", "sampled"):
-                    found[kind] = measure(*pair, prompts, sampled=kind == "sampled")
+                    found[kind] = measure(*pair, prompts, sampled=kind == "sampled", gamma=GAMMA)
                 results[name].append(found)
                 tqdm.write(f"{seed} {name}: {json.dumps(found)}")
             path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -71,7 +71,7 @@ def versions() -> str:
 
 def table(results: dict[str, list[dict]]) -> None:
     """Print the mean and the standard deviation over the seeds of each kind of student, as Markdown."""
-    titles = [f"{kind}: {name}" for kind in ("T 1", "greedy") for name in ("tokens per pass", "acceptance", "speed-up")]
+    titles = [f"{kind}: {name}" for kind in ("T 1", "greedy") for name in ("tokens per pass", "acceptance")]
     titles = ["held-out acceptance", *titles, "seconds, fastest"]
     print(f"| trained with | {' | '.join(titles)} |\n|{'---|' * (len(titles) + 1)}")
     for name, runs in results.items():
@@ -81,10 +81,15 @@ def table(results: dict[str, list[dict]]) -> None:
                 cells.append(spread([factor * run[kind][key] for run in runs], form))
         print(f"| {name} | {' | '.join(cells)} | {min(run['seconds'] for run in runs):.0f} |")
     measured = [run[kind] for runs in results.values() for run in runs for kind in ("greedy", "sampled")]
-    cost = {key: statistics.median(each[key] for each in measured) for key in ("c", "v", "k", "break_even")}
-    different = sum(each["different"] for each in measured)
-    print("\nmedian c {c:.2f}, v {v:.2f}; break-even at gamma 4 {break_even:.0%}, at gamma 1 {k:.0%}".format(**cost))
-    print(f"greedy texts that are not the teacher's: {different}")
+    c, v = (statistics.median(each[key] for each in measured) for key in ("c", "v"))
+    k = c + (v - 1) / GAMMA
+    print(f"\ngamma {GAMMA}; over all, median c {c:.2f} and v {v:.2f}: the break-even acceptance is "
+          f"{rate_for(1 + GAMMA * k, GAMMA):.0%}, with gamma 1 {k:.0%}")  # fmt: skip
+    for kind in ("greedy", "sampled"):
+        tau = {name: statistics.mean(run[kind]["tau"] for run in runs) for name, runs in results.items()}
+        best = max(tau, key=tau.get)
+        print(f"most tokens per pass, {kind}: {best}; speed-up {tau[best] / (1 + GAMMA * k):.2f} x")
+    print(f"greedy texts that are not the teacher's: {sum(each['different'] for each in measured)}")
 
 
 def spread(values: list[float], form: str) -> str:

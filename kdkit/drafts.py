@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from kdkit.command_line import read_config
-from kdkit.config import UsageError
+from kdkit.config import DistillConfig, UsageError
 from kdkit.data import load_rows
 from kdkit.losses import IGNORE_INDEX
 from kdkit.models import check_pair, load_tokenizer, wrap
@@ -125,7 +125,8 @@ def load_pair(run: str, dtype: str = "float32", num_prompts: int = 16) -> tuple:
         load_model(name, role, config, getattr(torch, dtype)).eval().to(device)
         for name, role in ((config.teacher_model, "teacher"), (final, "student"))
     ]
-    own = dataclasses.replace(config, student_model=final, student_layers=None, student_random_init=False)
+    fields = {name: getattr(config, name) for name in ("teacher_model", "max_length", "trust_remote_code")}
+    own = DistillConfig(**fields, student_model=final, output_dir=final)  # nothing is written
     vocab_size = check_pair(own, *models, tokenizer).vocab_size
     for model in models:  # generate refuses heads of two widths; the rows beyond the narrower one belong to no token
         if wrap(model).head_rows > vocab_size:

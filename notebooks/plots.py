@@ -219,6 +219,31 @@ def points(panels: dict[str, dict[str, Sequence[float]]], levels: dict[str, floa
     return figure
 
 
+def differences(panels: dict[str, dict[str, Sequence[float]]], reference: str, factor: float = 4.3) -> Figure:
+    """Plot paired differences from a reference: a point per seed, and the mean with an interval; grey if 0 is in it.
+
+    Args:
+        panels: quantity with its unit -> group -> differences, one per seed, at least two.
+        reference: the name of what was subtracted.
+        factor: half the interval in standard errors: 4.3 is the 95 % quantile of Student's t for three seeds.
+    """
+    figure, axes = _figure(len(panels), width=2.9, height=1.2 + 0.32 * max(map(len, panels.values())))
+    for axis, (quantity, groups) in zip(axes, panels.items(), strict=True):
+        axis.axvline(0, color=TEACHER, linewidth=1.2, linestyle=":")
+        for row, values in enumerate(np.asarray(each, dtype=float) for each in groups.values()):
+            mean, half = values.mean(), factor * values.std(ddof=1) / len(values) ** 0.5
+            noise = abs(mean) <= half
+            colour = "#999999" if noise else COLOURS[0]
+            axis.errorbar(mean, row, xerr=half, color=colour, capsize=3, marker="s", mfc="white" if noise else colour)
+            axis.plot(values, [row + 0.28] * len(values), linestyle="", marker="|", markersize=5, color=colour)
+        axis.set_yticks(range(len(groups)), list(groups) if axis is axes[0] else [], fontsize=8)
+        axis.set(ylim=(len(groups) - 0.4, -0.6))
+        axis.set_xlabel(f"{quantity}\nminus {reference}", fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.locator_params(axis="x", nbins=4)
+    return figure
+
+
 def heat_maps(maps: dict[str, Sequence], rows: Sequence, columns: Sequence, row_name: str, column_name: str) -> Figure:
     """Show numbers over two settings as colours and as text. Light is better: a title with "lower" reverses the scale.
 
@@ -258,6 +283,43 @@ def predicted_and_counted(groups: dict[str, tuple[float, float, float]], quantit
     return figure
 
 
+def collectives(weights: Sequence[float], gradients: Sequence[Sequence[float]]) -> Figure:
+    """Draw what each of R ranks holds before and after FSDP's all-gather and reduce-scatter; empty parts are not held.
+
+    Args:
+        weights: (R,), the weights; rank r holds the one at r.
+        gradients: (R, R), in row r those that rank r has computed.
+    """
+    figure = Figure(figsize=(9.6, 1.9 + 0.72 * len(weights)), dpi=150, layout="constrained")
+    axes, ranks = figure.subplots(1, 2), range(len(weights))
+    summed = np.sum(gradients, axis=0)
+    panels = {
+        "all-gather: weights, before a layer runs": ([[weights[r]] for r in ranks], [list(weights)] * len(weights)),
+        "reduce-scatter: gradients, after it": ([list(row) for row in gradients], [[summed[r]] for r in ranks]),
+    }
+    for axis, (title, states) in zip(axes, panels.items(), strict=True):
+        for column, (state, held) in enumerate(zip(("before", "after"), states, strict=True)):
+            left = column * (len(weights) + 1.4)
+            axis.text(left + len(weights) / 2, -0.25, state, ha="center", fontsize=13)
+            for rank, numbers in enumerate(held):
+                for part in ranks:
+                    number = numbers[part] if len(numbers) > 1 else numbers[0] if part == rank else None
+                    colour = "none" if number is None else COLOURS[part % 6]
+                    axis.add_patch(Rectangle((left + part, rank), 1, 0.8, facecolor=colour, edgecolor=TEACHER,
+                                             linewidth=1, alpha=0.45))  # fmt: skip
+                    text = "" if number is None else f"{number:g}"
+                    axis.text(left + part + 0.5, rank + 0.42, text, ha="center", va="center", fontsize=14)
+        for rank in ranks:
+            axis.text(-0.25, rank + 0.42, f"rank {rank}", ha="right", va="center", fontsize=12)
+        middle = len(weights) / 2 - 0.1
+        arrow = {"arrowstyle": "-|>", "linewidth": 2, "color": TEACHER}
+        axis.annotate("", (len(weights) + 1.25, middle), (len(weights) + 0.15, middle), arrowprops=arrow)
+        axis.set(xlim=(-2.0, 2 * len(weights) + 1.5), ylim=(len(weights), -0.7))
+        axis.set_title(title, fontsize=13)
+        axis.axis("off")
+    return figure
+
+
 def stacked_bars(
     bars: dict[str, dict[str, float]], *, xlabel: str, title: str = "", levels: dict[str, float] | None = None
 ) -> Figure:
@@ -292,38 +354,4 @@ def stacked_bars(
     axis.set(xlabel=xlabel, xlim=(0, 1.08 * longest))
     axis.set_title(title, pad=14 if levels else 6)
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
-    return figure
-
-
-def gather_and_scatter(ranks: int = 4) -> Figure:
-    """Draw what FSDP does with the weights of a layer (all-gather) and with their gradient (reduce-scatter).
-
-    A column is the memory of a rank, and a row of it one part of the layer. What a rank does not hold is white.
-    """
-    figure = Figure(figsize=(12, 5.6), dpi=150, layout="constrained")
-    titles = ("All-gather: before a layer runs", "Reduce-scatter: after its backward pass")
-    words = (("each rank holds its part of the weights", "all parts, until the layer has run"),
-             ("each rank has a gradient of its own rows", "the sum over the ranks of its part"))  # fmt: skip
-    for axis, title, (before, after), gathers in zip(figure.subplots(1, 2), titles, words, (True, False), strict=True):
-        for top, whole in ((0, not gathers), (-ranks - 3, gathers)):
-            for rank in range(ranks):
-                for part in range(ranks):
-                    held, place = whole or part == rank, (1.5 * rank, top - part - 1)
-                    summed = held and not gathers and not whole
-                    axis.add_patch(Rectangle(
-                        place, 1, 1, facecolor=COLOURS[part] if held else "white", edgecolor="black", linewidth=1,
-                        alpha=0.45 if whole and not gathers else 1,
-                    ))  # fmt: skip
-                    text = f"sum {part}" if summed else f"part {part}" if held else ""
-                    axis.text(place[0] + 0.5, place[1] + 0.5, text, ha="center", va="center", fontsize=11)
-        for rank in range(ranks):
-            axis.text(1.5 * rank + 0.5, 0.25, f"rank {rank}", ha="center", fontsize=12)
-        middle = 1.5 * (ranks - 1) / 2 + 0.5
-        arrow = {"arrowstyle": "-|>", "linewidth": 2}
-        axis.annotate("", (middle, -ranks - 2.9), (middle, -ranks - 1.1), arrowprops=arrow)
-        axis.text(middle, -ranks - 0.75, before, ha="center", fontsize=12)
-        axis.text(middle, -2 * ranks - 3.7, after, ha="center", fontsize=12)
-        axis.set(xlim=(-0.2, 1.5 * ranks - 0.3), ylim=(-2 * ranks - 4, 0.9))
-        axis.set_title(title, fontsize=14)
-        axis.axis("off")
     return figure

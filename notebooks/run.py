@@ -2,6 +2,7 @@
 
     python notebooks/run.py                     # all of them
     python notebooks/run.py 02_loss_math        # this one
+    python notebooks/run.py --handout           # run none: write copies without the solutions into handout/
 
 Removed: execution counts, times, widgets (blank without a kernel) and stderr. Figures get a palette of 64 colours.
 """
@@ -9,6 +10,8 @@ Removed: execution counts, times, widgets (blank without a kernel) and stderr. F
 import base64
 import io
 import os
+import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,6 +22,7 @@ from nbclient.output_widget import OutputWidget
 from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent
+SOLUTION = re.compile(r"<details><summary>Solution</summary>.*?</details>\n*", re.DOTALL)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the kernels: with more, threads of small models wait for each other
 
@@ -89,7 +93,21 @@ def run(path: Path) -> None:
     print(f"{path.name}: {time.time() - since:.0f} s, {path.stat().st_size / 1000:.0f} kB")
 
 
+def write_handout(folder: Path) -> None:
+    """Write a copy of each notebook without the solutions of its exercises, and plots.py, which they import."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(FOLDER / "plots.py", folder)
+    for path in sorted(FOLDER.glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = SOLUTION.sub("", cell.source)
+        nbformat.write(notebook, folder / path.name)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--handout"]:
+        sys.exit(write_handout(FOLDER.parent / "handout"))  # beside notebooks/, for the relative paths in the cells
     chosen = [FOLDER / f"{Path(name).stem}.ipynb" for name in sys.argv[1:]]
     for path in chosen or sorted(FOLDER.glob("*.ipynb")):
         run(path)

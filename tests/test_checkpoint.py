@@ -364,8 +364,8 @@ def test_inputs_that_changed_are_named_and_a_checkpoint_without_them_is_accepted
 
 
 def test_parameter_without_a_gradient_does_not_prevent_a_resume(small, tmp_path, monkeypatch):
-    def with_unused(config, teacher):
-        student = load_student(config, teacher)
+    def with_unused(*arguments):
+        student = load_student(*arguments)
         student.model.layers[0].unused = torch.nn.Linear(3, 3)
         return student
 

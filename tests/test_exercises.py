@@ -4,6 +4,7 @@ The cell with the check is executed unchanged, except that the solution replaces
 """
 
 import ast
+import importlib
 from pathlib import Path
 
 import nbformat
@@ -185,3 +186,17 @@ def test_every_exercise_has_a_solution():
             if "not attempted yet" in cell.source:
                 found |= {(path.stem, n.name) for n in ast.parse(cell.source).body if isinstance(n, ast.FunctionDef)}
     assert found == set(SOLUTIONS)
+
+
+def test_handout_has_each_exercise_and_hint_but_no_solution(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(NOTEBOOKS)
+    importlib.import_module("run").write_handout(tmp_path)
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.ipynb")}
+    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(texts)
+    for (name, function), (solution, _) in SOLUTIONS.items():
+        cells = nbformat.reads(texts[name], as_version=4).cells
+        assert any(f"def {function}(" in cell.source for cell in cells if cell.cell_type == "code")
+        assert not any(solution.strip().splitlines()[-1] in cell.source for cell in cells)
+    committed = "".join(path.read_text(encoding="utf-8") for path in NOTEBOOKS.glob("*.ipynb"))
+    for tag in ("<summary>Hint", "*Predict:*", "def ", "image/png"):  # all else is kept
+        assert "".join(texts.values()).count(tag) >= committed.count(tag) - (len(SOLUTIONS) if tag == "def " else 0)
