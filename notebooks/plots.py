@@ -123,7 +123,7 @@ def token_strips(tokens: Sequence[str], values: dict[str, Sequence[float]], unit
             column, line = 0, line + 1
         cells.append((text, column, line))
         column += len(text) + 1
-    figure = Figure(figsize=(9.6, (0.5 + 0.27 * (line + 1)) * len(values) + 0.1), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9.6, (0.5 + 0.3 * (line + 1)) * len(values) + 0.1), dpi=150, layout="constrained")
     axes = figure.subplots(len(values), 1, squeeze=False)[:, 0]
     colours = colormaps["cividis"]
     top = max(max(each) for each in values.values()) or 1.0
@@ -135,12 +135,13 @@ def token_strips(tokens: Sequence[str], values: dict[str, Sequence[float]], unit
             )
             ink = "black" if 0.3 * shade[0] + 0.59 * shade[1] + 0.11 * shade[2] > 0.5 else "white"
             axis.text(column + (len(text) + 1) / 2, line + 0.47, text, ha="center", va="center", color=ink,
-                      fontsize=8, family="monospace")  # fmt: skip
+                      fontsize=10, family="monospace")  # fmt: skip
         axis.set(xlim=(0, columns), ylim=(cells[-1][2] + 1, 0))
-        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_title(name, loc="left", fontsize=13)
         axis.axis("off")
     scale = figure.colorbar(ScalarMappable(Normalize(0, top), colours), ax=list(axes), pad=0.01, aspect=18)
-    scale.set_label(unit)
+    scale.set_label(unit, fontsize=13)
+    scale.ax.tick_params(labelsize=12)
     return figure
 
 
