@@ -76,6 +76,14 @@ def tokens_that_fit(card, teacher, student, per_token, per_token_loss):
 """,
         ("18 * student", "16 * student"),
     ),
+    ("04_scaling_out", "tokens_that_hide"): (
+        """
+def tokens_that_hide(student, teacher, ranks, link, flops):
+    seconds = (ranks - 1) / ranks * (8 * student + 2 * teacher) / link
+    return seconds * flops / (2 * (3 * student + teacher))
+""",
+        ("8 * student", "6 * student"),
+    ),
     ("05_evaluate", "gain"): (
         """
 def gain(ce_only, distilled):

@@ -121,7 +121,9 @@ def wrong_quotes(notebook):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_quoted_numbers_are_those_of_the_stored_outputs(path):
-    assert not wrong_quotes(nbformat.read(path, as_version=4))
+    notebook = nbformat.read(path, as_version=4)
+    assert any(QUOTE.search(cell.source) for cell in notebook.cells)
+    assert not wrong_quotes(notebook)
 
 
 @pytest.mark.parametrize(
