@@ -39,7 +39,8 @@ ARMS = {name: {"divergence": name} for name in DIVERGENCES} | {"half CE": {"alph
 # held-out text for all but the last, which is measured on the student's own text: up to 64 tokens after a prompt
 COLUMNS = {
     "held-out CE": "eval/ce_loss", "KL(teacher \\|\\| student)": "eval/kl_t1",
-    "KL(student \\|\\| teacher)": "eval/reverse_kl", "acceptance": "eval/acceptance_rate", "own KL": "eval/own_kl",
+    "KL(student \\|\\| teacher)": "eval/reverse_kl", "top-1 agreement": "eval/top1_agreement",
+    "acceptance": "eval/acceptance_rate", "own KL": "eval/own_kl",
 }  # fmt: skip
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # seeds -> two-sided 95 % quantile of Student's t
 
@@ -76,7 +77,7 @@ def measure(folder: str, teacher_model: str, eval_tokens: int, own: bool = True)
             own_text = OwnText(config, tokenizer, eos, entries, True, None, Accelerator())
             metrics |= own_text_metrics(own_text, student, BodyAndHead(teacher), rows)
     metrics["eval/reverse_kl"] = metrics["eval/kl_loss"]
-    names = (*COLUMNS.values(), "eval/top1_agreement", "eval/teacher_ce_loss")
+    names = (*COLUMNS.values(), "eval/teacher_ce_loss")
     return {name: round(metrics[name], 5) for name in names if name in metrics}
 
 
