@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from kdkit import drafts
 from kdkit.command_line import read_config
 from kdkit.config import DataFields, UsageError
-from kdkit.data import load_rows
-from kdkit.evaluate import evaluate
-from kdkit.losses import IGNORE_INDEX
+from kdkit.data import load_rows, prompt_of
+from kdkit.evaluate import align, evaluate
 from kdkit.models import count_parameters, load_teacher, load_tokenizer
 from kdkit.running.tracking import read_metrics
 
@@ -41,7 +39,8 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     tokenizer = load_tokenizer(first)
     _, rows = load_rows(dataclasses.replace(first, packing=False), tokenizer)  # right for every model
-    ids = tokenizer(prompt)["input_ids"] if prompt else _prompt(rows)
+    start = rows[0]["input_ids"][:24] if rows.are_texts else prompt_of(rows[0])
+    ids = tokenizer(prompt)["input_ids"] if prompt else start
     inputs, shown = torch.tensor([ids], device=device), tokenizer.decode(ids)  # with the markers of turns
     greedy = {"max_new_tokens": 40, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     teacher = load_teacher(first.teacher_model, torch.float32, first).to(device)
@@ -60,17 +59,7 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
         written = model.generate(inputs, attention_mask=torch.ones_like(inputs))[0, len(ids) :]
         written = tokenizer.decode(written, skip_special_tokens=True)
         samples.append(f"  {name}\n    {written!r}")
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    table = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in lines]
-    return "\n".join([*table, "", *samples])
-
-
-def _prompt(rows: Sequence[dict]) -> list[int]:
-    """Return the start of the first text, or what precedes the first answer of the first conversation."""
-    ids, labels = rows[0]["input_ids"], rows[0]["labels"]
-    if "texts" in str(rows.counts["kind"]):
-        return ids[:24]
-    return ids[: 1 + next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)]  # labels are shifted
+    return "\n".join([*align(lines), "", *samples])
 
 
 def plot_curves(run_dirs: list[str], path: str | Path) -> None:

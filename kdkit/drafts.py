@@ -23,8 +23,8 @@ from transformers import GenerationConfig
 
 from kdkit.command_line import read_config
 from kdkit.config import DistillConfig, UsageError
-from kdkit.data import load_rows
-from kdkit.losses import IGNORE_INDEX
+from kdkit.data import load_rows, prompt_of
+from kdkit.evaluate import align
 from kdkit.models import check_pair, load_tokenizer, wrap
 from kdkit.models.load import load_model
 from kdkit.running.hub import first_line
@@ -134,9 +134,8 @@ def load_pair(run: str, dtype: str = "float32", num_prompts: int = 16) -> tuple:
     _, rows = load_rows(config, tokenizer)
     room, prompts = min(wrap(model).context or 10**9 for model in models) - TOKENS, []
     for row in rows:  # the beginning of a text, or what stands before the first answer of a conversation
-        first = next(i for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX)  # labels are shifted
-        length = 32 if "texts" in str(rows.counts["kind"]) else first + 1
-        prompts += [row["input_ids"][:length]] * (length <= room)
+        prompt = row["input_ids"][:32] if rows.are_texts else prompt_of(row)
+        prompts += [prompt] * (len(prompt) <= room)
     if len(prompts) < 2:
         raise UsageError(f"{run} has {len(prompts)} held-out prompts of at most {room} tokens, expected at least 2")
     return *models, prompts[:: math.ceil(len(prompts) / num_prompts)]
@@ -163,6 +162,4 @@ def report(runs: Sequence[str], gamma: int = 4, dtype: str = "float32") -> str:
         best = f"{m['best_gamma']} ({m['best']:.2f} x)" if m["best"] > 1 else "none pays"
         lines.append([f"{run}, {kind}", tau, f"{m['rate']:.1%}", limit if m["k"] < 1 else "none", *costs, best])
     head = f"{len(prompts)} prompts, {TOKENS} tokens each, gamma {gamma}, {dtype}, {pair[0].device}, one text at a time"
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in lines]
-    return "\n".join([*faults, head, "", *table, "", LEGEND])
+    return "\n".join([*faults, head, "", *align(lines), "", LEGEND])

@@ -158,6 +158,12 @@ def describe_metrics(metrics: dict[str, float], step: int, vocab_size: int) -> s
     return line
 
 
+def align(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table of cells as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in lines]
+
+
 if __name__ == "__main__":
     from kdkit.compare import main
 

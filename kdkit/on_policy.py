@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from kdkit.config import DistillConfig, UsageError
-from kdkit.data import Steps
+from kdkit.data import Steps, prompt_of
 from kdkit.evaluate import evaluate
 from kdkit.losses import IGNORE_INDEX
 
@@ -38,8 +38,8 @@ def open_writer(config, tokenizer, student, teacher, vocab_size: int, rows, acce
         return None
     body = getattr(student, "module", student)
     context = min((model.context for model in (body, teacher) if model.context), default=None)
-    texts = "texts" in str(rows.counts["kind"])
-    writer = OwnText(config, tokenizer, body.model.config.eos_token_id, vocab_size, texts, context, accelerator)
+    eos = body.model.config.eos_token_id
+    writer = OwnText(config, tokenizer, eos, vocab_size, rows.are_texts, context, accelerator)
     writer.check(student, rows)
     return writer
 
@@ -85,8 +85,7 @@ class OwnText:
         ids = row["input_ids"]
         if self.texts:
             return ids[: max(len(ids) - self.config.max_new_tokens, (len(ids) + 1) // 2)]
-        first = next((i for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX), len(ids) - 1)
-        return ids[: first + 1]  # labels are shifted: the label of the last of these tokens is the first in the loss
+        return prompt_of(row)
 
     def rows(self, student: nn.Module, rows: Sequence[dict], row_ids: Sequence[int], step: int) -> list[dict]:
         """Continue the prompts of some rows. Every rank calls this in every step on own text, also without rows."""

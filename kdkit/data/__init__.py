@@ -3,5 +3,5 @@
 
 from kdkit.data.batches import (
     DATA_FIELDS, Rows, Steps, collate, count_tokens, describe_rows, empty_row, is_packed, load_rows, loss_tokens, pack,
-    row_lengths, rows_digest, settle_packing,
+    prompt_of, row_lengths, rows_digest, settle_packing,
 )  # fmt: skip

@@ -50,6 +50,11 @@ class Rows(Sequence):
             return rows
         return cls(pa.table({key: pa.array([row[key] for row in rows], pa.list_(pa.int32())) for key in KEYS}))
 
+    @property
+    def are_texts(self) -> bool:
+        """Whether the rows are texts, and not conversations."""
+        return "texts" in str(self.counts["kind"])
+
     def __len__(self) -> int:
         return len(self.table)
 
@@ -73,6 +78,12 @@ def loss_tokens(rows: Sequence[dict]) -> np.ndarray:
 def count_tokens(rows: Sequence[dict]) -> int:
     """Return the number of tokens in the loss of all rows."""
     return getattr(rows, "counts", {}).get("tokens") or int(loss_tokens(rows).sum())
+
+
+def prompt_of(row: dict) -> list[int]:
+    """Return the tokens before the first one in the loss, which is the label of the last of them; all if none is."""
+    first = next((i for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX), len(row["labels"]) - 1)
+    return row["input_ids"][: first + 1]
 
 
 def is_packed(rows: Sequence[dict]) -> bool:
@@ -223,8 +234,8 @@ def _up_to(rows: Iterator[dict], limit: float) -> Iterator[dict]:
 
 def describe_rows(rows: Sequence[dict], config: DistillConfig) -> str:
     """Return a line that says what was read, and how many samples were cut or left out."""
-    counts = Rows.of(rows).counts
-    mode = config.truncation_mode or ("split" if "texts" in str(counts["kind"]) else "keep_start")
+    rows = Rows.of(rows)
+    counts, mode = rows.counts, config.truncation_mode or ("split" if rows.are_texts else "keep_start")
     return (
         f"{counts['samples']:,} {counts['kind']}: {counts['too_long']:,} have over {config.max_length:,} tokens "
         f"({mode}); {counts['dropped']:,} are left out, as they have no token in the loss"
