@@ -239,13 +239,6 @@ def test_truncated_weights_are_named(folder):
         load_teacher(str(folder))
 
 
-def test_name_in_a_folder_that_exists_is_no_hub_id(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    with pytest.raises(UsageError, match="teacher_model runs/mine does not exist"):
-        load_teacher("runs/mine")
-
-
 def test_refusal_of_the_hub_is_explained_in_one_line(monkeypatch):
     def refuse(*_, **__):
         response = SimpleNamespace(status_code=401, headers={}, request=None, url="", text="")

@@ -27,7 +27,6 @@ def locate(name: str, role: str) -> tuple[str, str]:
         return str(ASSETS / f"embedded_{role}"), "main"
     path, revision = split_revision(os.path.expanduser(name))
     is_hub_id = path.count("/") < 2 and not path.startswith((".", "/", "~"))
-    is_hub_id &= "/" not in path or not Path(path).parent.is_dir()  # runs/mine, where runs/ exists
     if not is_hub_id and not Path(path).is_dir():
         raise UsageError(f"{role}_model {name} does not exist: give a model folder, a hub id, or embedded")
     return path, revision
