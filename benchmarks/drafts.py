@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from on_policy import versions
 from tqdm import tqdm
 
 from kdkit import load_config
@@ -63,10 +64,6 @@ def students(seeds: int, path: Path) -> None:
             path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"\n{versions()}\n")
     table(results)
-
-
-def versions() -> str:
-    return f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
 
 
 def table(results: dict[str, list[dict]]) -> None:
