@@ -222,6 +222,13 @@ def compile_block(device_type: str, function: Callable = block_sums_and_gradient
     return torch.compile(function, dynamic=True, options=options)
 
 
+def missing_compiler(device: torch.device) -> str | None:
+    """Return what `torch.compile` would need on this machine and does not find, or None."""
+    if device.type == "cpu":
+        return None if shutil.which(os.environ.get("CXX", "g++")) else "no C++ compiler was found"
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
 def should_compile(wanted: bool | None, num_logits: float, device: torch.device) -> tuple[bool, str]:
     """Return whether to compile the loss of a run, and a line that explains it.
 
@@ -232,10 +239,8 @@ def should_compile(wanted: bool | None, num_logits: float, device: torch.device)
         return False, "not compiled (compile_loss is false)"
     if wanted is None and num_logits < COMPILE_LOGITS[kind]:
         return False, "not compiled (compiling would take longer than it saves in a run of this size)"
-    if kind == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        return False, "not compiled (no C++ compiler was found)"
-    if kind == "gpu" and not importlib.util.find_spec("triton"):
-        return False, "not compiled (Triton is not installed)"
+    if missing := missing_compiler(device):
+        return False, f"not compiled ({missing})"
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         return False, f"not compiled (torch {torch.__version__} cannot compile torch.autograd.grad)"
     return True, "compiled in the first step"

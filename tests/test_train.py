@@ -19,12 +19,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdkit import load_config
-from kdkit.config import RunStopped
+from kdkit.config import RunStopped, UsageError
 from kdkit.data import Steps, collate, load_rows
 from kdkit.models import ASSETS, BodyAndHead, load_student, load_teacher, load_tokenizer
 from kdkit.running.devices import start_accelerator
 from kdkit.teachers import OnlineTeacher
-from kdkit.train import learning_rate, main, make_optimizer, train
+from kdkit.train import compile_models, learning_rate, main, make_optimizer, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -185,6 +185,17 @@ def test_compiled_models_give_the_same_run_but_for_rounding(small, monkeypatch, 
     for event, other in zip(*events.values(), strict=True):
         for key in event.keys() - {"train/tokens_per_second", "train/writing_time"}:
             assert event[key] == pytest.approx(other[key], rel=1e-4), key
+
+
+def test_models_that_cannot_be_compiled_are_refused_in_one_line(small, monkeypatch):
+    config, device = small(compile_models=True), torch.device("cpu")
+    models = [BodyAndHead(load_student(config, None)) for _ in range(2)]
+    models[1]._no_split_modules = None
+    with pytest.raises(UsageError, match="^LlamaForCausalLM names no decoder layers: set compile_models"):
+        compile_models(config, *models, device)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UsageError, match=r"^compile_models is true, but no C\+\+ compiler was found"):
+        compile_models(config, *models, device)
 
 
 def test_gradient_checkpointing_keeps_less_for_the_backward_pass(small):

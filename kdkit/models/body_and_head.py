@@ -55,6 +55,10 @@ class BodyAndHead(nn.Module):
 
     def compile_layers(self) -> None:
         """Compile each decoder layer in its place: all of them share one compilation, for any number of tokens."""
+        if not self.layers:
+            raise UsageError(
+                f"{type(self.model).__name__} does not name its decoder layers: set compile_models to false"
+            )
         for layer in self.layers:
             layer.compile(dynamic=True)
 
