@@ -51,7 +51,9 @@ class BodyAndHead(nn.Module):
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, which FSDP shards one by one."""
-        return [module for module in self.modules() if type(module).__name__ in (self._no_split_modules or [])]
+        names = set(self._no_split_modules or [])
+        # FSDP gives a sharded layer a class of its own, whose base is that of the layer
+        return [module for module in self.modules() if names & {base.__name__ for base in type(module).__mro__}]
 
     def compile_layers(self) -> None:
         """Compile each decoder layer in its place: all of them share one compilation, for any number of tokens."""
