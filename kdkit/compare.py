@@ -43,6 +43,7 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
     ids = tokenizer(prompt)["input_ids"] if prompt else start
     inputs, shown = torch.tensor([ids], device=device), tokenizer.decode(ids)  # with the markers of turns
     greedy = {"max_new_tokens": 40, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    first = dataclasses.replace(first, divergence="forward_kl")  # a run's own function may not be known here
     teacher = load_teacher(first.teacher_model, torch.float32, first).to(device)
     lines, samples = [["in fp32", "parameters", *COLUMNS]], [f"Each model continues {shown!r}:"]
     for run, config in {"": first, **configs}.items():
@@ -52,7 +53,7 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
             name = f"{run}: {config.loss_formula.removeprefix('loss = ').replace('teacher, student; ', '')}"
         # the entries that both heads have, as in training; the teacher's own line uses those of the first run
         vocab_size = AutoConfig.from_pretrained(Path(run or run_dirs[0]) / "final").get_text_config().vocab_size
-        metrics = evaluate(model, teacher, rows, config, pad_token_id=tokenizer.pad_token_id, vocab_size=vocab_size)
+        metrics = evaluate(model, teacher, rows, first, pad_token_id=tokenizer.pad_token_id, vocab_size=vocab_size)
         values = [pattern.format(metrics[key]) for key, pattern in COLUMNS.values()]
         lines.append([name, f"{count_parameters(model) / 1e6:.2f} M", *values])
         model.generation_config = GenerationConfig(**greedy)  # its own may have a penalty or a temperature

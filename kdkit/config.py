@@ -105,10 +105,9 @@ class LossFields:
     """Weight of the cross-entropy: loss = alpha * CE + (1 - alpha) * T^2 * divergence. 0 is pure KL, 1 pure CE."""
     temperature: float = 1.0
     """T: in the divergence, the logits of both models are divided by it."""
-    divergence: Literal[
-        "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "neg_log_acceptance"
-    ] = "forward_kl"
-    """Which divergence between teacher and student: see kdkit/losses.py."""
+    divergence: str = "forward_kl"
+    """forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation, neg_log_acceptance, or one of your own:
+    a key of DIVERGENCES in kdkit/losses.py."""
     beta: float = 0.5
     """Weight of the teacher in the mixture of the jsd divergence, in (0, 1)."""
     skew: float = 0.1

@@ -21,6 +21,13 @@ from kdkit.losses import DIVERGENCES, IGNORE_INDEX, forward_kl, soft_cap
 from kdkit.models import examine, wrap
 
 CHUNK_TOKENS = 1024  # tokens whose logits exist at once
+METRICS = {  # eval/NAME is the mean over the tokens of function(student_logits, teacher_logits, labels), (C,) numbers
+    "ce_loss": lambda student, teacher, labels: F.cross_entropy(student, labels, reduction="none"),
+    "teacher_ce_loss": lambda student, teacher, labels: F.cross_entropy(teacher, labels, reduction="none"),
+    "kl_t1": lambda student, teacher, labels: forward_kl(student, teacher),
+    "top1_agreement": lambda student, teacher, labels: student.argmax(-1) == teacher.argmax(-1),
+    "acceptance_rate": lambda student, teacher, labels: torch.minimum(student.softmax(-1), teacher.softmax(-1)).sum(-1),
+}
 
 
 def metric_sums(
@@ -30,15 +37,14 @@ def metric_sums(
 ) -> Tensor:  # fmt: skip
     """Sum the metrics over the tokens in the loss, so that the sums of batches and ranks can be added.
 
-    The arguments are those of `kdkit.losses.dense_kd_loss`. Returns (7,) float64: the student's CE, the teacher's CE,
-    T^2 * divergence, KL(p || q), the number of tokens for which both models have the same most likely next token,
-    sum_v min(p_v, q_v), and the number of tokens.
+    The arguments are those of `kdkit.losses.dense_kd_loss`. Returns (M + 2,) float64: the M sums of `METRICS`, that of
+    T^2 * divergence, and the number of tokens.
     """
     vocab_size = min(len(student_head), len(teacher_head), vocab_size or len(student_head))
     valid = labels != IGNORE_INDEX
     labels, student_hidden, teacher_hidden = labels[valid], student_hidden[valid], teacher_hidden[valid]
     student_head, teacher_head = student_head[:vocab_size].float(), teacher_head[:vocab_size].float()
-    sums = torch.zeros(7, dtype=torch.float64, device=labels.device)
+    sums = torch.zeros(len(METRICS) + 2, dtype=torch.float64, device=labels.device)
     with torch.autocast(labels.device.type, enabled=False):  # products in fp32: bf16 logits would distort a small KL
         for start in range(0, labels.numel(), CHUNK_TOKENS):
             chunk = slice(start, start + CHUNK_TOKENS)
@@ -46,12 +52,8 @@ def metric_sums(
             teacher_logits = soft_cap(teacher_hidden[chunk].float() @ teacher_head.T, teacher_cap)  # (C, V)
             logits, options = (student_logits, teacher_logits), config.divergence_options
             per_token = (
-                F.cross_entropy(student_logits, labels[chunk], reduction="none"),
-                F.cross_entropy(teacher_logits, labels[chunk], reduction="none"),
+                *(function(*logits, labels[chunk]) for function in METRICS.values()),
                 config.temperature**2 * DIVERGENCES[config.divergence](*logits, config.temperature, **options),
-                forward_kl(*logits),
-                student_logits.argmax(-1) == teacher_logits.argmax(-1),
-                torch.minimum(teacher_logits.softmax(-1), student_logits.softmax(-1)).sum(-1),
                 torch.ones_like(labels[chunk]),
             )
             sums += torch.stack([values.double().sum() for values in per_token])
@@ -86,9 +88,10 @@ def evaluate(
         accelerator: needed if there are several ranks.
 
     Returns:
-        `eval/loss`, `eval/ce_loss`, `eval/kl_loss` (T^2 * divergence, as in the loss), `eval/perplexity`,
-        `eval/kl_t1` (KL(p || q) at T = 1), `eval/top1_agreement`, `eval/acceptance_rate` (the expected acceptance of
-        the student as a draft model, Leviathan et al. 2023, arXiv:2211.17192), `eval/teacher_ce_loss`.
+        `eval/loss`, `eval/kl_loss` (T^2 * divergence, as in the loss), `eval/perplexity`, and those of `METRICS`:
+        `eval/ce_loss`, `eval/teacher_ce_loss`, `eval/kl_t1` (KL(p || q) at T = 1), `eval/top1_agreement` (both models
+        find the same next token most likely) and `eval/acceptance_rate` (sum_v min(p_v, q_v), the expected acceptance
+        of the student as a draft model, Leviathan et al. 2023, arXiv:2211.17192).
     """
     device = accelerator.device if accelerator else next(student.parameters()).device
     student, teacher = (
@@ -97,7 +100,7 @@ def evaluate(
     arguments = config, vocab_size, getattr(student, "module", student).soft_cap, teacher.soft_cap
     was_training = student.training
     student.eval()
-    sums = torch.zeros(7, dtype=torch.float64, device=device)
+    sums = torch.zeros(len(METRICS) + 2, dtype=torch.float64, device=device)
     for batch in evaluation_batches(rows, config.batch_size, pad_token_id, accelerator):
         batch = send_to_device(batch, device)
         sums += student(batch, metric_sums, *teacher(batch), batch["labels"], *arguments)
@@ -105,17 +108,13 @@ def evaluate(
     if accelerator:
         sums = accelerator.reduce(sums, "sum")
     *totals, num_items = sums.tolist()
-    means = (total / (num_items or math.nan) for total in totals)
-    ce, teacher_ce, divergence, kl, agreement, acceptance = means
-    return {
+    *means, divergence = (total / (num_items or math.nan) for total in totals)
+    metrics = {f"eval/{name}": mean for name, mean in zip(METRICS, means, strict=True)}
+    ce = metrics["eval/ce_loss"]
+    return metrics | {
         "eval/loss": config.alpha * ce + (1 - config.alpha) * divergence,
-        "eval/ce_loss": ce,
         "eval/kl_loss": divergence,
         "eval/perplexity": math.exp(min(ce, 700)),
-        "eval/kl_t1": kl,
-        "eval/top1_agreement": agreement,
-        "eval/acceptance_rate": acceptance,
-        "eval/teacher_ce_loss": teacher_ce,
     }
 
 

@@ -22,7 +22,7 @@ from .config import DistillConfig, RunStopped, UsageError
 from .data import Steps, count_tokens, describe_rows, load_rows, settle_packing
 from .evaluate import check_copy, describe_metrics, evaluate, evaluation_batches
 from .fused import fused_kd_loss, missing_compiler, should_compile
-from .losses import KDLoss, dense_kd_loss
+from .losses import DIVERGENCES, KDLoss, dense_kd_loss
 from .models import BodyAndHead, check_export, check_models, check_pair, examine, load_student, load_tokenizer
 from .on_policy import open_writer, own_text_metrics
 from kdkit.running.checkpoint import (
@@ -42,6 +42,8 @@ from .teachers import describe_inputs, open_teacher
 # %% ../notebooks/03_train.ipynb #9be0efeb
 def load(config: DistillConfig, accelerator: Accelerator) -> tuple:
     """Load and check what a run needs: tokenizer, training and held-out rows, teacher, student, and their `Pair`."""
+    if config.divergence not in DIVERGENCES:
+        raise UsageError(f"divergence is {config.divergence!r}, expected one of {', '.join(DIVERGENCES)}")
     check_models(config)  # before the data is read, which can take long
     tokenizer = load_tokenizer(config)
     rows = load_rows(config, tokenizer)
@@ -179,10 +181,13 @@ def describe_run(config, accelerator, teacher, student, pair, steps, eval_rows, 
     return "\n".join(lines)
 
 # %% ../notebooks/03_train.ipynb #e32fe270
-def train(config: DistillConfig, watch: Callable | None = None) -> list[dict]:
+def train(
+    config: DistillConfig, watch: Callable | None = None, make_optimizer: Callable = make_optimizer
+) -> list[dict]:
     """Distil, and leave the student in output_dir/final; resume from the newest checkpoint if there is one.
 
-    `watch` is called with each event after it is logged. Returns all events of metrics.jsonl, in order.
+    `watch` is called with each event after it is logged. `make_optimizer(model, config)` returns any optimizer of
+    PyTorch; its learning rate is set in each step. Returns all events of metrics.jsonl, in order.
 
     Raises:
         UsageError (a ValueError): a configuration that cannot work, before anything is trained.

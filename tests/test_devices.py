@@ -47,6 +47,7 @@ def command(kind: str, *program: str, precision: str = "no") -> list[str]:
 def launch(kind: str, config, **options) -> str:
     run = run_processes(command(kind, "-m", "kdkit.train", *arguments(config), **options))
     assert run.returncode == 0, run.stdout + run.stderr
+    assert "returned a view" not in run.stderr  # FSDP warns that its hook on such an output may be lost
     return run.stdout
 
 
@@ -365,6 +366,7 @@ def test_sharded_checkpoint_without_a_chunk_is_not_loaded_in_part(runs, tmp_path
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
             r"1 process.* with FSDP, but DistributedType.NO",
         ),
+        ({"WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, "asked for 2 processes, but no GPU is found"),
         ({"WORLD_SIZE": "2"}, r"asked for 2 process\(es\), but DistributedType\.NO with 1"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision is fp16, expected bf16 or no"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED .* not supported"),
@@ -373,6 +375,7 @@ def test_sharded_checkpoint_without_a_chunk_is_not_loaded_in_part(runs, tmp_path
 def test_launcher_that_gets_something_else_than_it_asked_for_is_an_error(monkeypatch, variables, named):
     """Here as accelerate is without our help: each process would train alone, without a message."""
     monkeypatch.setattr(devices, "_start_cpu_processes", lambda fsdp: None)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=named):
@@ -398,6 +401,7 @@ def test_configuration_file_reaches_the_processes_as_it_is_written(path, monkeyp
     for name, value in prepare_multi_gpu_env(launched).items():
         monkeypatch.setenv(name, value)
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert (os.environ["CUDA_VISIBLE_DEVICES"] == "-1") == bool(written.get("use_cpu"))
     assert (os.environ.get("ACCELERATE_USE_FSDP") == "true") == launched.use_fsdp == bool(fsdp)
     if fsdp:
         plugin = FullyShardedDataParallelPlugin()

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdkit.compare import compare, main
 from kdkit.config import UsageError
 from kdkit.data import collate, load_rows
-from kdkit.evaluate import describe_metrics, evaluate
+from kdkit.evaluate import METRICS, describe_metrics, evaluate
 from kdkit.losses import IGNORE_INDEX, forward_kl, reverse_kl, total_variation
 from kdkit.models import ASSETS, BodyAndHead, load_teacher, load_tokenizer
 from kdkit.train import train
@@ -49,6 +49,15 @@ def test_evaluation_before_the_first_step_says_what_is_unusual(setting):
     assert "note" not in usual and "note" not in describe_metrics(worse_than_chance, 1, 1024)
     assert usual.startswith("step 0      held-out CE: student 6.") and "warning" not in usual
     assert "warning  the teacher is worse" in exchanged
+
+
+def test_own_metric_is_averaged_over_tokens_whatever_the_batch(setting, monkeypatch):
+    config, rows, student, teacher = setting
+    monkeypatch.setitem(METRICS, "labels", lambda student, teacher, labels: labels)
+    labels = [label for row in rows for label in row["labels"] if label != -100]
+    for config.batch_size in (1, 3):
+        metrics = evaluate(student, teacher, rows, config, pad_token_id=2)
+        assert metrics["eval/labels"] == pytest.approx(sum(labels) / len(labels))
 
 
 def test_each_metric_equals_its_definition(setting):

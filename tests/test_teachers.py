@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers import run_processes
+from helpers import json_lines, run_processes
 from safetensors.torch import load_file, save_file
 from test_devices import arguments, assert_same_run, command, script
 
@@ -141,6 +141,14 @@ def test_run_with_stored_targets_equals_the_online_run(stored, tmp_path, monkeyp
     for key in ("train/ce_loss", "train/kl_loss", "train/loss", "train/grad_norm"):
         assert first[key] == pytest.approx(expected[key], rel=1e-6), key
     assert_same_run(config, reference, 2e-5)  # after the first step Adam amplifies rounding errors
+
+
+def test_stored_targets_serve_text_of_which_no_two_samples_fit_in_a_row(stored, tmp_path):
+    """The rows are those without packing, also in their order, since the samples differ in length."""
+    texts = [{"text": f"The number {i} " + "is odd, is even, " * (4 + i % 2)} for i in range(60)]
+    config = stored(dataset=str(json_lines(tmp_path / "long.jsonl", *texts)), max_train_tokens=None)
+    assert len({len(row["input_ids"]) for row in opened(config)[1]}) > 1
+    train(config)
 
 
 def test_bf16_run_stores_two_bytes_per_number_and_stays_near_the_online_run(stored, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdkit import load_config
 from kdkit.config import RunStopped, UsageError
 from kdkit.data import Steps, collate, load_rows
+from kdkit.losses import DIVERGENCES, reverse_kl
 from kdkit.models import ASSETS, BodyAndHead, load_student, load_teacher, load_tokenizer
 from kdkit.running.devices import start_accelerator
 from kdkit.teachers import OnlineTeacher
@@ -31,6 +32,35 @@ ROOT = Path(__file__).parent.parent
 
 def training(history):
     return [event for event in history if "train/step" in event]
+
+
+def test_own_optimizer_takes_the_steps_and_gets_the_learning_rate(small):
+    made = []
+
+    def sgd(model, config):
+        made.append(torch.optim.SGD(model.parameters(), lr=9.0, momentum=0.9))
+        return made[0]
+
+    history = train(small(max_steps=3), make_optimizer=sgd)
+    assert made[0].param_groups[0]["lr"] == training(history)[-1]["train/learning_rate"] < 1
+    assert all("momentum_buffer" in state for state in made[0].state.values()) and made[0].state
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_own_divergence_is_trained_and_evaluated(small, monkeypatch, fused):
+    monkeypatch.setitem(DIVERGENCES, "own", lambda s, t, temperature: reverse_kl(s, t, temperature) * 2)
+    own, known = (
+        train(small(divergence=name, fused_loss=fused, output_dir=f"{small().output_dir}/{name}"))
+        for name in ("own", "reverse_kl")
+    )
+    assert own[0]["eval/kl_loss"] == pytest.approx(2 * known[0]["eval/kl_loss"])
+    assert training(own)[0]["train/kl_loss"] == pytest.approx(2 * training(known)[0]["train/kl_loss"])
+    assert training(own)[0]["train/grad_norm"] == pytest.approx(2 * training(known)[0]["train/grad_norm"], rel=1e-4)
+
+
+def test_unknown_divergence_is_refused_before_anything_is_loaded(small):
+    with pytest.raises(UsageError, match=r"divergence is 'kl', expected one of forward_kl, .*, neg_log_acceptance"):
+        train(small(divergence="kl", teacher_model="missing"))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])

@@ -33,7 +33,7 @@ REMARKS = {  # of kdkit.data.chat on conversations
 }
 PACK_TOKENS = 2**22  # tokens that are packed together: enough to fill the rows well, few enough for memory
 DATA_FIELDS = [field.name for field in dataclasses.fields(DataFields) if not field.metadata.get("may_change")]
-CACHE_VERSION = 5  # increase it when the same data and settings give other rows
+CACHE_VERSION = 6  # increase it when the same data and settings give other rows
 
 
 class Rows(Sequence):
@@ -116,6 +116,8 @@ def pack(rows: Sequence[dict], max_length: int) -> Rows:
         group.append(row)
         if room > length:
             bisect.insort(with_room, (room - length, -number, group))
+    if len(groups) == len(rows):  # nothing was joined: the same rows, in the same order, as without packing
+        return Rows.of(rows)
     return Rows.of([{key: np.concatenate([row[key] for row in group]) for key in KEYS} for group in groups])
 
 

@@ -27,6 +27,12 @@ def start_accelerator() -> Accelerator:
     if flag("ACCELERATE_USE_DEEPSPEED") or flag("ACCELERATE_USE_MEGATRON_LM"):
         raise UsageError("DEEPSPEED and MEGATRON_LM are not supported: launch with a file of accelerate_configs/")
     if on_cpu and asked_processes > 1:
+        # accelerate tells only single processes that its file has `use_cpu`
+        if not flag("ACCELERATE_USE_CPU") and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+            raise UsageError(
+                f"the launcher asked for {asked_processes} processes, but no GPU is found. If they are to run on the "
+                "CPU, use accelerate_configs/fsdp_cpu.yaml, or set CUDA_VISIBLE_DEVICES=-1"
+            )
         _start_cpu_processes(asked_fsdp)
     accelerator = Accelerator(
         mixed_precision=precision,

@@ -115,7 +115,7 @@ def describe_made_for(config: DistillConfig, train_rows, eval_rows, dtype: torch
         "teacher_model": teacher_fingerprint(config),
         "dtype": str(dtype).removeprefix("torch."),
         **{name: getattr(config, name) for name in DATA_FIELDS},
-        "packing": is_packed(train_rows),
+        "packing": is_packed(train_rows) or is_packed(eval_rows),
         "training text": rows_digest(train_rows),
         "held-out text": rows_digest(eval_rows),
     }
