@@ -111,10 +111,11 @@ def evaluate(
     *means, divergence = (total / (num_items or math.nan) for total in totals)
     metrics = {f"eval/{name}": mean for name, mean in zip(METRICS, means, strict=True)}
     ce = metrics["eval/ce_loss"]
-    return metrics | {
+    return {
         "eval/loss": config.alpha * ce + (1 - config.alpha) * divergence,
         "eval/kl_loss": divergence,
         "eval/perplexity": math.exp(min(ce, 700)),
+        **metrics,
     }
 
 

@@ -87,9 +87,8 @@ def test_peak_is_that_of_a_real_step_within_5_percent(small, monkeypatch, fused_
         return result
 
     optimizers, make = [], train.make_optimizer
-    monkeypatch.setattr(train, "make_optimizer", lambda *x: optimizers.append(make(*x)) or optimizers[-1])
     monkeypatch.setattr(train, "train_step", measured)
-    train.train(config)
+    train.train(config, make_optimizer=lambda *x: optimizers.append(make(*x)) or optimizers[-1])
     parts, *_ = measure(config, Launch(precision=precision))
     assert sum(parts.values()) - parts["allowance"] == pytest.approx(peaks[-1], rel=0.05)
 
