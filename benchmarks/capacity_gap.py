@@ -1,6 +1,7 @@
 """Let three teachers of different size and training teach one small student: is the best teacher the best one to have?
 
-python benchmarks/capacity_gap.py                # two teachers, 12 students, three seeds: 15 minutes
+python benchmarks/capacity_gap.py                # two teachers, 12 students, three seeds: 8 minutes
+python benchmarks/capacity_gap.py --max_steps 2000 --results benchmarks/capacity_gap_2000.json      # 20 minutes
 python benchmarks/capacity_gap.py --only table   # print the table of an earlier run
 
 Mirzadeh et al. 2020 (arXiv:1902.03393) and Cho and Hariharan 2019 (arXiv:1910.01348) found that a teacher may be too

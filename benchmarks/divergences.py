@@ -1,6 +1,6 @@
 """Compare students of the demo that minimise different divergences, and different mixtures with the cross-entropy.
 
-python benchmarks/divergences.py                # 27 students, three seeds: 40 minutes; writes divergences.json
+python benchmarks/divergences.py                # 27 students, three seeds: half an hour; writes divergences.json
 python benchmarks/divergences.py --only table   # print the table of an earlier run
 
 Each student is measured by every number, not only by the one that it minimises. A difference from the forward KL is
