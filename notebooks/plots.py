@@ -244,28 +244,6 @@ def differences(panels: dict[str, dict[str, Sequence[float]]], reference: str, f
     return figure
 
 
-def heat_maps(maps: dict[str, Sequence], rows: Sequence, columns: Sequence, row_name: str, column_name: str) -> Figure:
-    """Show numbers over two settings as colours and as text. Light is better: a title with "lower" reverses the scale.
-
-    Args:
-        maps: title -> (rows, columns).
-    """
-    figure, axes = _figure(len(maps), width=3.8, height=3.4)
-    for axis, (title, values) in zip(axes, maps.items(), strict=True):
-        values = np.asarray(values, dtype=float)
-        image = axis.imshow(values, cmap="cividis_r" if "lower" in title else "cividis", aspect="auto")
-        for (row, column), value in np.ndenumerate(values):
-            shade = image.cmap(image.norm(value))
-            ink = "black" if 0.3 * shade[0] + 0.59 * shade[1] + 0.11 * shade[2] > 0.5 else "white"
-            axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=9)
-        axis.set_xticks(range(len(columns)), columns)
-        axis.set_yticks(range(len(rows)), rows)
-        axis.grid(False)
-        axis.set(xlabel=column_name, ylabel=row_name)
-        axis.set_title(title, fontsize=10)
-    return figure
-
-
 def predicted_and_counted(groups: dict[str, tuple[float, float, float]], quantity: str) -> Figure:
     """Plot counted against predicted fractions, with two standard errors; on the diagonal they are equal.
 
