@@ -169,8 +169,9 @@ def describe_run(config, accelerator, teacher, student, pair, steps, eval_rows, 
         f"text     {config.dataset}: {len(steps.rows):,} rows, {count_tokens(steps.rows):,} tokens in the loss"
         f" ({steps.useful_share():.0%} of the positions computed); {count_tokens(eval_rows):,} held-out tokens",
         f"         {describe_rows(steps.rows, config)}",
-        f"step     {config.batch_size} rows x {config.gradient_accumulation_steps} micro-batches x {ranks} ranks"
-        f" = {steps.rows_per_step} rows, about {tokens_per_step(steps):,.0f} tokens in the loss",
+        f"step     {steps.rows_per_step} rows = batch_size {config.batch_size} x gradient_accumulation_steps"
+        f" {config.gradient_accumulation_steps} x ranks {ranks}; about"
+        f" {tokens_per_step(steps):,.0f} tokens in the loss",
         f"run      {len(steps):,} steps = {len(steps) / steps.steps_per_epoch:.1f} epochs, {accelerator.device.type},"
         f" {precision}; peak learning rate {config.peak_learning_rate:g}{default}",
         f"files    {config.output_dir}: checkpoints of {12 * student.num_parameters / 1e6:,.0f} MB (the newest"

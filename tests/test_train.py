@@ -370,7 +370,8 @@ def test_run_prints_its_settings_before_the_first_step(small, capsys):
     train(small(alpha=0.3, temperature=2.0, gradient_accumulation_steps=3, batch_size=2, max_steps=1))
     printed = capsys.readouterr().out
     for words in ("2.43 M parameters\n", "0.53 M parameters, from random weights", "loss = 0.3 * CE + 0.7 * 2^2",
-                  "2 rows x 3 micro-batches x 1 ranks = 6 rows", "metrics.jsonl", "final"):  # fmt: skip
+                  "6 rows = batch_size 2 x gradient_accumulation_steps 3 x ranks 1",
+                  "metrics.jsonl", "final"):  # fmt: skip
         assert words in printed, words
 
 
