@@ -247,6 +247,12 @@ def test_what_was_cut_and_left_out_is_described(small, tokenizer, tmp_path, monk
     line = batches.describe_rows(load_rows(config, tokenizer)[0], config)
     assert line.startswith("3 conversations of column messages: 1 have over 64 tokens") and "keep_start" in line
     assert "2 are left out" in line  # the long one's answer was cut off
+    assert "raise max_length" not in line
+    records[1:] = records[:1] * 2
+    path = json_lines(tmp_path / "long.jsonl", *({**each, "id": i} for i, each in enumerate(records)))
+    config = dataclasses.replace(config, dataset=str(path), truncation_mode="keep_end")
+    line = batches.describe_rows(load_rows(config, tokenizer)[0], config)
+    assert "3 have over 64 tokens (keep_end; these are most of them: raise max_length)" in line
 
 
 def test_what_the_template_does_to_conversations_is_described(small, tokenizer, tmp_path, monkeypatch):

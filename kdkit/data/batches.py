@@ -238,6 +238,8 @@ def describe_rows(rows: Sequence[dict], config: DistillConfig) -> str:
     """Return a line that says what was read, and how many samples were cut or left out."""
     rows = Rows.of(rows)
     counts, mode = rows.counts, config.truncation_mode or ("split" if rows.are_texts else "keep_start")
+    if mode != "split" and 2 * counts["too_long"] > counts["samples"]:
+        mode += "; these are most of them: raise max_length"
     return (
         f"{counts['samples']:,} {counts['kind']}: {counts['too_long']:,} have over {config.max_length:,} tokens "
         f"({mode}); {counts['dropped']:,} are left out, as they have no token in the loss"
