@@ -16,6 +16,7 @@ from families import tiny
 from helpers import FIELDS, student_with_dropout, with_another
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdkit import DistillConfig, load_config
@@ -96,6 +97,48 @@ def test_run_cut_twice_within_epochs_equals_the_run_without_a_cut_bit_for_bit(sm
     assert numbers(resumed) == numbers(uncut)
     assert read_metrics(tmp_path / "parts" / "metrics.jsonl") == resumed
     assert_same_weights(complete, parts)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in ("SGD", "RMSprop", "Adafactor", "Muon") if hasattr(torch.optim, name)]
+)
+def test_run_with_another_optimizer_is_resumed_bit_for_bit(small, tmp_path, name):
+    def make(model, config):
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.ndim == 2 or name != "Muon")  # Muon trains matrices only
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        more = {"momentum": 0.9} if name == "SGD" else {}
+        return getattr(torch.optim, name)(trained, lr=config.peak_learning_rate, **more)
+
+    complete, parts = (small(output_dir=str(tmp_path / part), save_steps=3) for part in ("complete", "parts"))
+    uncut = train(complete, make_optimizer=make)
+    with pytest.raises(Cut):
+        train(parts, watch=cut_after(4), make_optimizer=make)
+    assert numbers(train(parts, make_optimizer=make)) == numbers(uncut)
+    assert_same_weights(complete, parts)
+
+
+def test_optimizer_whose_state_a_checkpoint_would_lose_is_an_error(small):
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter]["count"] = self.state[parameter].get("count", 0) + 1
+
+    with pytest.raises(RunStopped, match=r"the optimizer has state\..*count, expected a tensor"):
+        train(small(save_steps=2), make_optimizer=lambda model, config: Counting(model.parameters(), lr=1e-3))
+
+
+def test_interrupt_during_a_save_is_not_an_error_of_the_disk(small, monkeypatch):
+    """torch puts what is raised while a rank writes into an exception of its own."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(small(save_steps=2))
 
 
 def test_newest_three_are_kept_and_the_oldest_is_removed_after_the_new_one_is_there(small, monkeypatch):

@@ -121,13 +121,18 @@ def _unique_names(student: torch.nn.Module) -> set[str]:
 
 def _tensors(accelerator: Accelerator, student, optimizer) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name: not copies, so loading into them loads into student and optimizer."""
-    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-        if not (state := optimizer.state[parameter]):  # no gradient yet: the state that the first one would give it
-            state["step"] = torch.zeros((), device=parameter.device, dtype=torch.float32)
-            state.update(exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+    # An optimizer without any state gets it from get_state_dict, which takes a step with gradients and a rate of zero.
+    # A parameter that had no gradient so far gets zeros, of the shapes that another one has.
+    if known := next(((parameter, state) for parameter, state in optimizer.state.items() if state), None):
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            for name, value in () if optimizer.state[parameter] else known[1].items():
+                like = parameter if value.shape == known[0].shape else value
+                optimizer.state[parameter][name] = torch.zeros_like(like)
     options, names = StateDictOptions(flatten_optimizer_state_dict=True), _unique_names(student)
     model_state, optimizer_state = get_state_dict(student, optimizer.optimizer, options=options)
     tensors = {f"model.{name}": value for name, value in model_state.items() if name in names}
+    if others := [name for name, x in optimizer_state.items() if name.startswith("state.") and not torch.is_tensor(x)]:
+        raise RunStopped(f"the optimizer has {others[0]}, expected a tensor: a checkpoint holds nothing else")
     tensors |= {f"optimizer.{name}": value for name, value in optimizer_state.items() if isinstance(value, Tensor)}
     tensors[f"rng.{accelerator.process_index}.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -175,7 +180,7 @@ def _write_folder(accelerator: Accelerator, what: str, final: Path, write: Calla
         # torch raises the errors of all ranks on each rank
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         if not isinstance(cause, (OSError, SafetensorError)):
-            raise
+            raise cause from error  # such as the KeyboardInterrupt of Ctrl-C
         problem = str(cause)
     if problem := next(filter(None, gather_object([problem])), ""):
         if accelerator.is_main_process:
