@@ -45,7 +45,7 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
     greedy = {"max_new_tokens": 40, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     first = dataclasses.replace(first, divergence="forward_kl")  # a run's own function may not be known here
     teacher = load_teacher(first.teacher_model, torch.float32, first).to(device)
-    lines, samples = [["in fp32", "parameters", *COLUMNS]], [f"Each model continues {shown!r}:"]
+    lines, better, samples = [["in fp32", "parameters", *COLUMNS]], [], [f"Each model continues {shown!r}:"]
     for run, config in {"": first, **configs}.items():
         model, name = teacher, "teacher"
         if run:
@@ -56,11 +56,16 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
         metrics = evaluate(model, teacher, rows, first, pad_token_id=tokenizer.pad_token_id, vocab_size=vocab_size)
         values = [pattern.format(metrics[key]) for key, pattern in COLUMNS.values()]
         lines.append([name, f"{count_parameters(model) / 1e6:.2f} M", *values])
+        better += [run] if metrics["eval/ce_loss"] < metrics["eval/teacher_ce_loss"] else []
         model.generation_config = GenerationConfig(**greedy)  # its own may have a penalty or a temperature
         written = model.generate(inputs, attention_mask=torch.ones_like(inputs))[0, len(ids) :]
         written = tokenizer.decode(written, skip_special_tokens=True)
         samples.append(f"  {name}\n    {written!r}")
-    return "\n".join([*align(lines), "", *samples])
+    note = (
+        f"\nnote  on this text {', '.join(better)} is better than the teacher, which cannot teach it well: raise alpha, "
+        "or train the teacher on such text first\n"
+    )
+    return "\n".join([*align(lines), note if better else "", *samples])
 
 
 def plot_curves(run_dirs: list[str], path: str | Path) -> None:

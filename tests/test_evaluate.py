@@ -144,6 +144,20 @@ def test_comparison_prints_the_logged_metrics_and_writes_curves(small, tmp_path,
     assert f"{last['eval/ce_loss']:.3f}" in row and f"{last['eval/kl_t1']:.3f}" in row
 
 
+def test_comparison_says_that_the_teacher_does_not_know_the_text(small, tmp_path):
+    shutil.copytree(ASSETS / "embedded_teacher", tmp_path / "teacher")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "teacher")).save_pretrained(
+        tmp_path / "teacher"
+    )
+    student = str(ASSETS / "embedded_teacher")
+    weak = small(teacher_model=str(tmp_path / "teacher"), student_model=student, max_steps=1)
+    good = small(max_steps=1, output_dir=str(tmp_path / "good"))
+    for config in (weak, good):
+        train(config)
+    assert f"note  on this text {weak.output_dir} is better than the teacher" in compare([weak.output_dir])
+    assert "note" not in compare([good.output_dir])
+
+
 @pytest.mark.parametrize("sizes", [(1100, 1060), (1060, 1100)])
 def test_comparison_of_heads_of_two_sizes_gives_the_logged_numbers(small, tmp_path, sizes):
     """Both are cut to the smaller one, as in training: also for the teacher, whose other entries are likely here."""
