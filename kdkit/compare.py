@@ -62,8 +62,8 @@ def compare(run_dirs: list[str], prompt: str | None = None) -> str:
         written = tokenizer.decode(written, skip_special_tokens=True)
         samples.append(f"  {name}\n    {written!r}")
     note = (
-        f"\nnote  on this text {', '.join(better)} is better than the teacher, which cannot teach it well: raise alpha, "
-        "or train the teacher on such text first\n"
+        f"\nnote  on this text {', '.join(better)} is better than the teacher, which cannot teach it well: raise "
+        "alpha, or train the teacher on such text first\n"
     )
     return "\n".join([*align(lines), note if better else "", *samples])
 
