@@ -201,7 +201,7 @@ def points(panels: dict[str, dict[str, Sequence[float]]], levels: dict[str, floa
         panels: quantity with its unit -> group -> values, for example one per seed.
         levels: quantity -> the teacher's value, to compare with.
     """
-    figure, axes = _figure(len(panels), width=2.9, height=3.2)
+    figure, axes = _figure(len(panels), width=3.5, height=3.2)
     for axis, (quantity, groups) in zip(axes, panels.items(), strict=True):
         for index, values in enumerate(groups.values()):
             spread = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else [0.0]
@@ -211,11 +211,11 @@ def points(panels: dict[str, dict[str, Sequence[float]]], levels: dict[str, floa
         if quantity in (levels or {}):
             axis.axhline(levels[quantity], color=TEACHER, linestyle=":", linewidth=1.2)
             axis.annotate("teacher", (0.99, levels[quantity]), (0, 3), xycoords=("axes fraction", "data"),
-                          textcoords="offset points", ha="right", fontsize=8, color=TEACHER)  # fmt: skip
-        axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
+                          textcoords="offset points", ha="right", fontsize=10, color=TEACHER)  # fmt: skip
+        axis.set_xticks(range(len(groups)), list(groups), fontsize=10)
         axis.set(xlim=(-0.6, len(groups) - 0.4))
-        axis.set_ylabel(quantity, fontsize=9)
-        axis.tick_params(axis="y", labelsize=8)
+        axis.set_ylabel(quantity, fontsize=10)
+        axis.tick_params(axis="y", labelsize=10)
     return figure
 
 
@@ -225,9 +225,9 @@ def differences(panels: dict[str, dict[str, Sequence[float]]], reference: str, f
     Args:
         panels: quantity with its unit -> group -> differences, one per seed, at least two.
         reference: the name of what was subtracted.
-        factor: half the interval in standard errors: 4.3 is the 95 % quantile of Student's t for three seeds.
+        factor: half the interval in standard errors: 4.3 gives the two-sided 95 % interval for three seeds.
     """
-    figure, axes = _figure(len(panels), width=2.9, height=1.2 + 0.32 * max(map(len, panels.values())))
+    figure, axes = _figure(len(panels), width=3.5, height=1.2 + 0.32 * max(map(len, panels.values())))
     for axis, (quantity, groups) in zip(axes, panels.items(), strict=True):
         axis.axvline(0, color=TEACHER, linewidth=1.2, linestyle=":")
         for row, values in enumerate(np.asarray(each, dtype=float) for each in groups.values()):
@@ -236,10 +236,10 @@ def differences(panels: dict[str, dict[str, Sequence[float]]], reference: str, f
             colour = "#999999" if noise else COLOURS[0]
             axis.errorbar(mean, row, xerr=half, color=colour, capsize=3, marker="s", mfc="white" if noise else colour)
             axis.plot(values, [row + 0.28] * len(values), linestyle="", marker="|", markersize=5, color=colour)
-        axis.set_yticks(range(len(groups)), list(groups) if axis is axes[0] else [], fontsize=8)
+        axis.set_yticks(range(len(groups)), list(groups) if axis is axes[0] else [], fontsize=10)
         axis.set(ylim=(len(groups) - 0.4, -0.6))
-        axis.set_xlabel(f"{quantity}\nminus {reference}", fontsize=8)
-        axis.tick_params(axis="x", labelsize=8)
+        axis.set_xlabel(f"{quantity}\nminus {reference}", fontsize=10)
+        axis.tick_params(axis="x", labelsize=10)
         axis.locator_params(axis="x", nbins=4)
     return figure
 
