@@ -87,6 +87,7 @@ def plot_curves(run_dirs: list[str], path: str | Path) -> None:
     axes[0].axhline(events[-1]["eval/teacher_ce_loss"], color="#444444", linewidth=1, label="teacher")
     axes[0].legend(frameon=False)
     axes[1].set_ylim(bottom=0)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 

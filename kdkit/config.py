@@ -147,7 +147,8 @@ class OptimizationFields:
     max_steps: int | None = None
     """Optimizer steps of the complete run."""
     learning_rate: float | None = None
-    """The peak of AdamW's learning rate. None is 2e-3 for a student from random weights, 2e-5 for a pretrained one."""
+    """The peak of AdamW's learning rate. None is 2e-3 for a student from random weights, 2e-4 for layers
+    of the teacher, 2e-5 for a pretrained student."""
     weight_decay: float = 0.1
     """AdamW's weight decay, applied to matrices only."""
     warmup_ratio: float = 0.05
@@ -210,7 +211,7 @@ class DistillConfig(RunFields, OptimizationFields, OnPolicyFields, LossFields, D
         check(self.targets == "online" or self.targets_dir, "targets_dir", f"a folder, as targets is {self.targets}")
         for name in ("student_model", "student_random_init"):
             alone = self.student_layers is None or getattr(self, name) == getattr(DistillConfig, name)
-            check(alone, "student_layers", f"null with {name} {getattr(self, name)}: it starts from one")
+            check(alone, "student_layers", f"null with {name} {getattr(self, name)}: a student has one start")
         counted = self.student_layers_by == "spread" or isinstance(self.student_layers, int)
         check(counted, "student_layers", "a count with student_layers_by kl")
         replaces = os.path.abspath(self.student_model) == os.path.abspath(f"{self.output_dir}/final")
@@ -242,8 +243,9 @@ class DistillConfig(RunFields, OptimizationFields, OnPolicyFields, LossFields, D
 
     @property
     def peak_learning_rate(self) -> float:
-        """learning_rate, or a default that depends on whether the student is pretrained."""
-        return self.learning_rate or (2e-5 if self.student_is_pretrained else 2e-3)
+        """learning_rate, or a default that depends on where the student starts."""
+        default = 2e-5 if self.student_is_pretrained else 2e-3
+        return self.learning_rate or (default if self.student_layers is None else 2e-4)
 
     @property
     def divergence_options(self) -> dict[str, float]:

@@ -152,7 +152,9 @@ def report(config: DistillConfig, launch: Launch, tflops: float, memory: float, 
     flop += forward_flop(teacher, config.max_length) * (online and config.alpha < 1)
     seconds = flop * tokens / (ranks * tflops * 1e12 * mfu)
     steps = config.max_steps or math.ceil(config.num_epochs * math.ceil((config.max_train_tokens or 0) / tokens))
-    hours = f"{steps * seconds / 3600:.2f} hours for {steps:,} steps, {steps * tokens / 1e6:,.1f} M tokens"
+    total, rows = steps * seconds, tokens // config.max_length
+    time = f"{total / 3600:.1f} hours" if total > 360 else "less than 0.1 hours"
+    time += f" for {steps:,} steps of {rows:,} full rows, {steps * tokens / 1e6:,.1f} M tokens"
     need, head, size = sum(parts.values()), teacher.model.get_output_embeddings().weight, student.num_parameters
     stored = {"hidden": head.shape[1] * head.itemsize, "top_k": 6 * config.top_k}.get(config.targets, 0) / 1e3
     changes = {  # those that cost least first, and whether they apply
@@ -165,23 +167,24 @@ def report(config: DistillConfig, launch: Launch, tflops: float, memory: float, 
     }
     table = "".join(f"         {count / GB:8.2f}  {part}\n" for part, count in parts.items() if count)
     advice = "".join(f"change   {change}\n" for change, applies in changes.items() if applies and need > memory)
-    duration = f"{seconds:.2f} s at {mfu:.0%} MFU"
+    duration = f"{seconds:.2g} s at {mfu:.0%} MFU"
     targets = f"         {stored:8.2f}  GB for the stored targets of a million tokens\n" if stored else ""
     return f"""\
 models   teacher {teacher.num_parameters / 1e6:,.1f} M ({place}), student {size / 1e6:,.1f} M parameters
 memory   {need / GB:8.2f}  GB of {memory / GB:g} on each GPU: the run {"fits" if need <= memory else "does not fit"}
 {table}{advice}disk     {(12 * keep + 4) * size / GB:8.2f}  GB for {keep} checkpoints and final/
 {targets}compute  {flop * tokens / 1e12:,.1f} TFLOP for the {tokens:,} tokens of a step: {duration}
-time     {hours if steps else "unknown hours: the data decides; give max_steps or max_train_tokens"}"""
+time     {time if steps else "unknown hours: the data decides; give max_steps or max_train_tokens"}"""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the arguments that are not fields of a run here, and the others as `python -m kdkit.train` does."""
     own = argparse.ArgumentParser("python -m kdkit.plan", add_help=False, allow_abbrev=False, exit_on_error=False)
-    own.add_argument("--gpu", choices=GPUS, default="h100")
-    for name, kind, default in (("memory", float, None), ("gpus", int, None), ("mfu", float, 0.4)):
-        own.add_argument(f"--{name}", type=kind, default=default)
-    own.add_argument("--accelerate_config", metavar="FILE")
+    own.add_argument("--gpu", choices=GPUS, default="h100", help="for another one, the nearest, with its --memory")
+    own.add_argument("--memory", type=float, help="GB of a GPU, in the place of those of --gpu")
+    own.add_argument("--gpus", type=int, help="number of GPUs, in the place of the file's num_processes")
+    own.add_argument("--mfu", type=float, default=0.4, help="the fraction of its peak that a GPU reaches (0.4)")
+    own.add_argument("--accelerate_config", metavar="FILE", help="one of accelerate_configs/")
     try:
         args, rest = own.parse_known_args(argv)
         config = load_config(rest, " ".join(own.format_usage().split()[1:]))

@@ -43,7 +43,9 @@ from .teachers import describe_inputs, open_teacher
 def load(config: DistillConfig, accelerator: Accelerator) -> tuple:
     """Load and check what a run needs: tokenizer, training and held-out rows, teacher, student, and their `Pair`."""
     if config.divergence not in DIVERGENCES:
-        raise UsageError(f"divergence is {config.divergence!r}, expected one of {', '.join(DIVERGENCES)}")
+        raise UsageError(
+            f"divergence is {config.divergence!r}, expected a key of DIVERGENCES: {', '.join(DIVERGENCES)}"
+        )
     check_models(config)  # before the data is read, which can take long
     tokenizer = load_tokenizer(config)
     rows = load_rows(config, tokenizer)
@@ -298,7 +300,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     except KeyboardInterrupt:
         kept = [path.name for path in checkpoints(config.output_dir)] if config else []
-        sys.exit(f"kdkit: interrupted. The same command {'resumes from ' + kept[-1] if kept else 'starts over'}")
+        then = f"resumes from {kept[-1]}" if kept else "starts over, as no checkpoint is saved yet (see save_steps)"
+        sys.exit(f"kdkit: interrupted. The same command {then}")
     leave_processes()
 
 

@@ -202,9 +202,9 @@ def test_python_m_kdkit_prints_the_folder_of_the_accelerate_configurations():
     assert (folder / "fsdp.yaml").is_file()
 
 
-def test_default_learning_rate_depends_on_whether_the_student_is_pretrained():
+def test_default_learning_rate_depends_on_where_the_student_starts():
     assert DistillConfig().as_dict()["learning_rate"] == 2e-3
-    assert DistillConfig(student_layers=2).as_dict()["learning_rate"] == 2e-5
+    assert DistillConfig(student_layers=2).as_dict()["learning_rate"] == 2e-4
     assert DistillConfig(student_model="some/model").peak_learning_rate == 2e-5
     assert DistillConfig(student_model="some/model", student_random_init=True).peak_learning_rate == 2e-3
     assert DistillConfig(student_layers=2, learning_rate=1e-4).peak_learning_rate == 1e-4

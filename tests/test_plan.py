@@ -229,10 +229,10 @@ def test_table_adds_up_and_says_what_is_unknown(capsys, pair):
     flop = 3 * plan.forward_flop(student, 512) + plan.forward_flop(teacher, 512)  # a backward pass: two forward passes
     out = run_plan(capsys, *fields, "--max_length", "512", "--batch_size", "4", "--gradient_accumulation_steps", "9999")
     assert float(out.split("compute")[1].split()[0]) == pytest.approx(flop * 512 * 4 * 9999 / 1e12, abs=0.1)
-    assert " hours for 7 steps" in run_plan(capsys, *fields, "--max_steps", "7")
+    assert " hours for 7 steps of 8 full rows" in run_plan(capsys, *fields, "--max_steps", "7")
     # 1,000 tokens in rows of 100, 4 rows a step, 2 epochs
     some = ("--max_train_tokens", "1000", "--max_length", "100", "--batch_size", "4", "--num_epochs", "2")
-    assert " hours for 6 steps" in run_plan(capsys, *fields, *some)
+    assert " hours for 6 steps of 4 full rows" in run_plan(capsys, *fields, *some)
 
 
 def needed(out: str) -> float:

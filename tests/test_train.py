@@ -59,7 +59,9 @@ def test_own_divergence_is_trained_and_evaluated(small, monkeypatch, fused):
 
 
 def test_unknown_divergence_is_refused_before_anything_is_loaded(small):
-    with pytest.raises(UsageError, match=r"divergence is 'kl', expected one of forward_kl, .*, neg_log_acceptance"):
+    with pytest.raises(
+        UsageError, match=r"divergence is 'kl', expected a key of DIVERGENCES: forward_kl, .*, neg_log_acceptance"
+    ):
         train(small(divergence="kl", teacher_model="missing"))
 
 
@@ -391,7 +393,10 @@ def test_ddp_keeps_no_second_copy_of_the_gradients():
     assert start_accelerator().ddp_handler.gradient_as_bucket_view
 
 
-@pytest.mark.parametrize("at, said", [(1, "starts over"), (3, "resumes from step_00000002")])
+@pytest.mark.parametrize(
+    "at, said",
+    [(1, r"starts over, as no checkpoint is saved yet \(see save_steps\)"), (3, "resumes from step_00000002")],
+)
 def test_interrupted_run_says_from_where_it_goes_on(small, monkeypatch, at, said):
     module = importlib.import_module("kdkit.train")
 

@@ -17,7 +17,8 @@ REASONS = {  # pattern in an error's class names or text -> the reason, and what
     "UnicodeDecodeError": "is not UTF-8 ({error}): convert it with `iconv -t UTF-8 -f LATIN1` (or -f UTF-16)",
     "SafetensorError": "has a broken safetensors file ({error}): download or copy it again",
     "LocalEntryNotFoundError|ConnectionError|TransportError": (  # httpx raises the last one
-        "could not be loaded: it is not a local path or cached, and there is no network, or HF_HUB_OFFLINE is set"
+        "could not be loaded: it is not a local path or cached, and there is no network, or HF_HUB_OFFLINE is set. "
+        "A name that starts with ./ is always a local path"
     ),
     "": "could not be loaded: {error} ({remedy})",
 }
