@@ -187,6 +187,8 @@ def main(argv: list[str] | None = None) -> None:
     own.add_argument("--accelerate_config", metavar="FILE", help="one of accelerate_configs/")
     try:
         args, rest = own.parse_known_args(argv)
+        if "--help" in rest:
+            print(f"{own.format_help()}\nand the fields of a run:\n")
         config = load_config(rest, " ".join(own.format_usage().split()[1:]))
         memory = GPUS[args.gpu][1] if args.memory is None else args.memory
         file = yaml.safe_load(Path(args.accelerate_config).read_bytes()) if args.accelerate_config else {}

@@ -261,8 +261,9 @@ def test_run_that_does_not_fit_is_told_what_to_change(capsys, pair):
 def test_help_shows_the_flags_of_the_plan(capsys):
     with pytest.raises(SystemExit):
         plan.main(["--help"])
-    usage = capsys.readouterr().out.splitlines()[0]
-    assert all(f"[--{flag}" in usage for flag in ("gpu ", "gpus", "memory", "mfu", "accelerate_config", "field"))
+    own, _, fields = capsys.readouterr().out.partition("fields of a run")
+    explained = {"gpu": "the nearest", "gpus": "number of GPUs", "memory": "GB of a GPU", "mfu": "fraction of its peak"}
+    assert all(f"--{flag} " in own and what in own for flag, what in explained.items()) and "--max_length" in fields
 
 
 @pytest.mark.parametrize(
