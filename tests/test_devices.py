@@ -435,4 +435,4 @@ def test_two_launchers_meet_as_two_machines_would(small):
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], "\n".join(printed)
-    assert "x 2 ranks" in printed[0] and "sharded over 2 ranks" in printed[0]
+    assert "x ranks 2" in printed[0] and "sharded over 2 ranks" in printed[0]
