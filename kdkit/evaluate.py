@@ -21,7 +21,9 @@ from kdkit.losses import DIVERGENCES, IGNORE_INDEX, forward_kl, soft_cap
 from kdkit.models import examine, wrap
 
 CHUNK_TOKENS = 1024  # tokens whose logits exist at once
-METRICS = {  # eval/NAME is the mean over the tokens of function(student_logits, teacher_logits, labels), (C,) numbers
+# name -> a function of the logits of student and teacher, (C, V) each, and the labels (C,), which returns (C,) numbers.
+# Their mean over all held-out tokens is eval/NAME.
+METRICS = {
     "ce_loss": lambda student, teacher, labels: F.cross_entropy(student, labels, reduction="none"),
     "teacher_ce_loss": lambda student, teacher, labels: F.cross_entropy(teacher, labels, reduction="none"),
     "kl_t1": lambda student, teacher, labels: forward_kl(student, teacher),

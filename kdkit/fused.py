@@ -181,7 +181,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     d_hidden.view(-1, d_hidden.shape[-1])[tokens] = torch.mm(grad, head, **in_fp32).to(d_hidden.dtype)
                 if d_head is not None:
                     _add_product(d_head[:vocab_size], grad.T, student.hidden[tokens].to(grad_dtype))
-        losses = tuple(x * scale for x in sums)  # not views of one tensor, of which FSDP would warn
+        losses = tuple(x * scale for x in sums)  # new tensors: FSDP warns if an output is a view
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(*losses[1:])
         return losses

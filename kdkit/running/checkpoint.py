@@ -124,8 +124,9 @@ def _tensors(accelerator: Accelerator, student, optimizer) -> dict[str, Tensor]:
     # An optimizer without any state gets it from get_state_dict, which takes a step with gradients and a rate of zero.
     # A parameter that had no gradient so far gets zeros, of the shapes that another one has.
     if known := next(((parameter, state) for parameter, state in optimizer.state.items() if state), None):
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            for name, value in () if optimizer.state[parameter] else known[1].items():
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        for parameter in (parameter for parameter in parameters if not optimizer.state[parameter]):
+            for name, value in known[1].items():
                 like = parameter if value.shape == known[0].shape else value
                 optimizer.state[parameter][name] = torch.zeros_like(like)
     options, names = StateDictOptions(flatten_optimizer_state_dict=True), _unique_names(student)
